@@ -1,0 +1,187 @@
+"""The records that flow through a step. Each stage makes the next record and never edits the last one.
+
+Axes, in every comment and docstring: ``P`` prompt tokens, ``R`` response tokens, ``C`` tokens of a teacher's context, ``K``
+support size, ``T`` packed tokens of a microbatch, ``S`` sequences in it, ``V`` vocabulary. A sharded axis is a quotient:
+``[T/cp, V/tp]``.
+
+Positions. A vector over ``T`` lives at the *predicting* position: entry ``t`` speaks about the token after ``t``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Ids = NDArray[np.int32]
+Floats = NDArray[np.float32]
+
+
+class FinishReason(StrEnum):
+    """Why a response ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+class Outcome(StrEnum):
+    """What the judge says of a response."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    TIMEOUT = "timeout"
+    INVALID = "invalid"
+    UNAVAILABLE = "unavailable"
+    """No verdict: our outage, not the program's fault. Excluded from loss and denominator."""
+
+
+class RolloutId(NamedTuple):
+    """In logs, in requests, in error messages, for ever."""
+
+    step: int
+    prompt: str
+    sample: int
+
+    def __str__(self) -> str:
+        return f"{self.step}/{self.prompt}/{self.sample}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What the student is given."""
+
+    prompt_id: str
+    text: str
+    token_ids: Ids
+    """[P] the generation prompt included."""
+    task: Mapping[str, object]
+    """The data row: tests or reference answer; never shown to the student."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One sampled response. Made by ``rollout/sglang/wire.py``, which checks it."""
+
+    rollout_id: RolloutId
+    token_ids: Ids
+    """[R] stop token included."""
+    text: str
+    """The response without its stop token."""
+    logprobs: Floats
+    """[R] nats, under the policy that sampled, at the sampling temperature."""
+    finish: FinishReason
+    oldest_weights: int
+    newest_weights: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Feedback:
+    """What the judge says of one rollout."""
+
+    rollout_id: RolloutId
+    outcome: Outcome
+    reward: float | None
+    """[0, 1]; None when there is no verdict."""
+    text: str
+    """What the teacher may read."""
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherContext:
+    """Replaces the prompt when the teacher reads the response."""
+
+    token_ids: Ids
+    """[C] ends with the generation prompt, as ``Prompt.token_ids`` does."""
+    text: str
+    demonstration: RolloutId | None
+    shows_feedback: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """Everything known before the teacher speaks."""
+
+    prompt: Prompt
+    rollout: Rollout
+    feedback: Feedback
+    context: TeacherContext | None
+    """None: nothing to teach from. Weight 0, and still a sequence of the denominator."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Targets:
+    """The teacher at every response position, on a support of K tokens."""
+
+    support_ids: Ids
+    """[R, K] unique in a row; -1 in unused slots."""
+    logprobs: Floats
+    """[R, K] nats, normalised over the whole vocabulary; -inf in unused slots."""
+    entropy: Floats
+    """[R] nats, over the whole vocabulary."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """A context and the response that supervised training teaches."""
+
+    context_ids: Ids
+    response_ids: Ids
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Microbatch:
+    """One packed row of tensors, before any cut over CP or TP."""
+
+    token_ids: Tensor
+    """[T] int64."""
+    sampled_ids: Tensor
+    """[T] int64, the *next* token of the same sequence; 0 where there is none."""
+    cu_seqlens: Tensor
+    """[S + 1] int32, padding included."""
+    positions: Tensor
+    """[T] int64, restart in each sequence."""
+    segment_ids: Tensor
+    """[T] int32, -1 on padding."""
+    response_mask: Tensor
+    """[T] bool, True where the *next* token was sampled and carries a loss."""
+    loss_weights: Tensor
+    """[T] float32, 0 outside the loss; the reduction and the global denominator are in here."""
+    advantages: Tensor
+    """[T] float32, 0 unless the objective needs rewards."""
+    sampling_logprobs: Tensor
+    """[T] float32, of the engine that sampled; 0 outside the mask."""
+    support_ids: Tensor
+    """[T, K] int64, -1 in unused slots; K = 0 without a teacher."""
+    teacher_logprobs: Tensor
+    """[T, K] float32, -inf in unused slots."""
+    teacher_entropy: Tensor
+    """[T] float32, whole vocabulary."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One replica's share of one optimizer step."""
+
+    microbatches: tuple[Microbatch, ...]
+    denominator: float
+    """Global, known before the step. The packer has divided the weights by it; nobody divides again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sums:
+    """Metrics before their division: what an update or a stage has counted on this replica.
+
+    ``sums[name] = (sum, count)``; ``maxima[name] = value``. Names are those of ``metrics/names.py``.
+    """
+
+    sums: Mapping[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
+    maxima: Mapping[str, float] = field(default_factory=dict[str, float])
