@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,64 @@ class Outcome(StrEnum):
     INVALID = "invalid"
     UNAVAILABLE = "unavailable"
     """No verdict: our outage, not the program's fault. Excluded from loss and denominator."""
+
+
+class Verdict(StrEnum):
+    """What the sandbox says of a program on one test."""
+
+    PASSED = "passed"
+    RAN = "ran"
+    """It ended well, and nothing was expected of it."""
+    WRONG_ANSWER = "wrong_answer"
+    COMPILE_ERROR = "compile_error"
+    RUNTIME_ERROR = "runtime_error"
+    MEMORY_LIMIT = "memory_limit"
+    OUTPUT_LIMIT = "output_limit"
+    TIME_LIMIT = "time_limit"
+    WALL_LIMIT = "wall_limit"
+
+
+class Case(NamedTuple):
+    """One test of a program."""
+
+    input: str
+    expected: str | None
+    """None: run it and judge nothing (``Verdict.RAN``); the task reads the output."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """What a task wants to be run."""
+
+    code: str
+    tests: tuple[Case, ...]
+    mode: Literal["stdin", "functional"] = "stdin"
+    function: str = ""
+    """Called in ``functional`` mode."""
+    test_timeout_s: float | None = None
+    """CPU time of one test; None: ``feedback.test_timeout_s``."""
+
+
+class CaseResult(NamedTuple):
+    """What a program did on one test."""
+
+    verdict: Verdict
+    stdout: str
+    """Its first 2,000 bytes."""
+    stdout_bytes: int
+    why: str = ""
+    """One line, without measured times."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """What the sandbox says of a program. An outage is ``SandboxUnavailable``, never a result."""
+
+    tests: tuple[CaseResult, ...]
+    """In the order of ``Program.tests``; shorter if the run was stopped early."""
+    feedback: str
+    """The sandbox's own account of the failures."""
+    duration_s: float
 
 
 class RolloutId(NamedTuple):
