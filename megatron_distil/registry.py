@@ -1,0 +1,166 @@
+"""Who serves what, and where: records with heartbeats in a folder. Standard library only.
+
+    FOLDER/<role>/<name>.json      one service; written by its supervisor, every two seconds and at every change
+    FOLDER/<role>/<name>.paused    whoever stops the service (SIGSTOP) says so here first
+    FOLDER/STOP                    the run shall save and end
+    FOLDER/REASON                  why it ended, one line
+
+A folder that every node sees is all that is needed: no name service, no daemon. Readers compare the writer's clock with
+their own, so the clocks of the nodes must agree to well under ``STALE_S``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_distil.errors import RegistryError
+
+HEARTBEAT_S = 2.0
+STALE_S = 10.0
+_POLL_S = 0.2
+
+State = Literal["starting", "ready"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One service."""
+
+    role: str
+    """``rollout`` or ``sandbox``."""
+    name: str
+    """Unique within the role; also its file name."""
+    url: str
+    pid: int
+    pgid: int
+    """Process group: what to signal so that the children of the service get it too."""
+    state: State
+    """``ready``: its own health answer was seen."""
+    gen: int
+    """Start of this instance: 0, 1, ... A changed number is a restarted server, which lost what it had been sent."""
+    ts: float
+    """Heartbeat, seconds since the epoch."""
+    info: Mapping[str, str | int] = field(default_factory=dict[str, str | int])
+
+
+class Registry:
+    """A folder of records."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+
+    def write(self, record: Record) -> None:
+        """Replace the record of (role, name); readers see the old one or the new one."""
+        _write_atomic(self._path(record.role, record.name, "json"), json.dumps(asdict(record)))
+
+    def remove(self, role: str, name: str) -> None:
+        """Take a service off, for good."""
+        self._path(role, name, "json").unlink(missing_ok=True)
+        self.clear_paused_name(role, name)
+
+    def live(self, role: str, *, state: State | None = "ready", stale_s: float = STALE_S) -> list[Record]:
+        """Records with a fresh heartbeat, sorted by name; ``state=None``: in any state."""
+        now = time.time()
+        records = [record for path in self._files(role) if (record := _read(path)) is not None]
+        return [r for r in records if state in (None, r.state) and now - r.ts < stale_s]
+
+    def wait_for(
+        self, role: str, count: int, *, timeout_s: float, stopped: Callable[[], bool] = lambda: False
+    ) -> list[Record]:
+        """All live records of a role, as soon as there are ``count`` of them.
+
+        Raises:
+            RegistryError: the time is over, or ``stopped()``.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            have = self.live(role)
+            if len(have) >= count:
+                return have
+            if stopped():
+                raise RegistryError(f"asked to stop while waiting for {self._shortage(role, count)}")
+            if time.monotonic() >= deadline:
+                raise RegistryError(f"waited {timeout_s:.0f} s for {self._shortage(role, count)}")
+            time.sleep(_POLL_S)
+
+    def _shortage(self, role: str, count: int) -> str:
+        now = time.time()
+        ready = len(self.live(role))
+        others = [
+            f"{r.name} is {r.state}, start {r.gen}, last heartbeat {now - r.ts:.0f} s ago"
+            for r in self.live(role, state=None, stale_s=float("inf"))
+            if r.state != "ready" or now - r.ts >= STALE_S
+        ]
+        known = "; ".join(others) or "no other service of this role has ever registered"
+        return f"role '{role}': need {count} services, have {ready} ready ({known}; registry: {self.folder})"
+
+    def mark_paused(self, record: Record) -> None:
+        """Say that the service is about to be stopped by SIGSTOP: silence is not death until ``clear_paused``."""
+        _write_atomic(self._path(record.role, record.name, "paused"), str(os.getpid()))
+
+    def clear_paused(self, record: Record) -> None:
+        """The service runs again."""
+        self.clear_paused_name(record.role, record.name)
+
+    def clear_paused_name(self, role: str, name: str) -> None:
+        """As ``clear_paused``, for those who have no record yet."""
+        self._path(role, name, "paused").unlink(missing_ok=True)
+
+    def is_paused(self, role: str, name: str) -> bool:
+        """Whether somebody has stopped the service on purpose."""
+        return self._path(role, name, "paused").exists()
+
+    def say_reason(self, text: str) -> None:
+        """Leave a line that says why the run ended: exit codes do not survive torchrun and srun."""
+        _write_atomic(self.folder / "REASON", " ".join(text.split()) + "\n")
+
+    def reason(self) -> str:
+        """Empty while nobody has said one."""
+        try:
+            return (self.folder / "REASON").read_text().strip()
+        except FileNotFoundError:
+            return ""
+
+    def request_stop(self) -> None:
+        """Ask the run to save and to end after its current step."""
+        _write_atomic(self.folder / "STOP", "")
+
+    def stop_requested(self) -> bool:
+        """Whether ``request_stop`` was called."""
+        return (self.folder / "STOP").exists()
+
+    def forget_end(self) -> None:
+        """Take STOP and REASON of an earlier attempt away."""
+        for name in ("STOP", "REASON"):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def _path(self, role: str, name: str, suffix: str) -> Path:
+        return self.folder / role / f"{name}.{suffix}"
+
+    def _files(self, role: str) -> list[Path]:
+        return sorted((self.folder / role).glob("*.json"))
+
+
+def _read(path: Path) -> Record | None:
+    """None for what does not parse: a reader may race a file system's cache, or the end of the service."""
+    try:
+        fields: dict[str, Any] = json.loads(path.read_text())
+        return Record(**fields)
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _write_atomic(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
