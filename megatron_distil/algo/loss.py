@@ -1,0 +1,95 @@
+"""From numbers per token to the sums whose gradient is the update."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LossTerms(NamedTuple):
+    """Weighted sums over the tokens of a microbatch; their sum is what is differentiated."""
+
+    imitation: Tensor
+    """[] of the cost at each position itself."""
+    credit: Tensor
+    """[] of log-probabilities of sampled tokens, weighted with what came of them. Its value means nothing."""
+    counts: Mapping[str, Tensor] = {}
+    """Sums over the tokens of the loss, without gradient, under the names of metrics."""
+
+
+def distil_terms(
+    ce: Tensor,
+    sampled_logprobs: Tensor,
+    cost: Tensor,
+    weights: Tensor,
+    *,
+    form: Literal["score", "reweight"] = "score",
+) -> LossTerms:
+    """Both parts of the gradient of E_{y ~ pi}[ sum_t ce_t ].
+
+        score     sum_t w_t ce_t  +  sum_t w_t c_t log pi(a_t)
+        reweight  sum_t w_t ce_t  +  sum_t w_t c_t ce_t
+
+    The expectation is over the student's own samples: the loss moves (imitation), and the states that are visited move
+    (credit). ``cost`` is a cost, not an advantage: descent lowers the probability of a token whose future is bad.
+    ``reweight`` is the form of a release; it is no policy gradient.
+
+    Args:
+        ce: [T] cross-entropy to the teacher, nats.
+        sampled_logprobs: [T] log pi of the sampled token, over the whole vocabulary.
+        cost: [T] from ``future_credit``; treated as a constant.
+        weights: [T] 0 outside the loss. The reduction (per token, per sequence) is in here. Treated as a constant.
+        form: what the cost multiplies.
+
+    Source: arXiv:2606.05152.
+    """
+    carrier = sampled_logprobs if form == "score" else ce
+    constant = (weights * cost).detach()
+    return LossTerms(imitation=(weights.detach() * ce).sum(), credit=(constant * carrier).sum())
+
+
+def clipped_policy_terms(  # noqa: PLR0913 - a formula with three clips
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+) -> LossTerms:
+    """Clipped policy gradient.
+
+        rho_t = pi(a_t) / pi_old(a_t)
+        loss  = sum_t w_t max(-rho A, -clip(rho, 1 - clip_low, 1 + clip_high) A);  where A < 0: at most -dual_clip A
+
+    Args:
+        logprobs: [T] log pi of the sampled token, nats; carries gradient.
+        old_logprobs: [T] the same under the policy that sampled; constant.
+        advantages: [T] constant.
+        weights: [T] 0 outside the loss; constant.
+        clip_low: how far below 1 a ratio counts.
+        clip_high: how far above 1 a ratio counts.
+        dual_clip: largest ratio that counts where the advantage is negative; inf: no bound.
+
+    Returns:
+        Terms whose ``imitation`` is 0; ``train/ratio_clipped_frac`` counts the tokens without gradient.
+
+    Source: arXiv:1707.06347; asymmetric clip: arXiv:2503.14476; dual clip: arXiv:1912.09729.
+    """
+    ratio = (logprobs - old_logprobs).exp()
+    plain = -ratio * advantages
+    clipped = -ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages
+    loss = torch.maximum(plain, clipped)
+    is_clipped = clipped > plain
+    if dual_clip != float("inf"):
+        bound = -dual_clip * advantages
+        is_bounded = (advantages < 0) & (bound < loss)
+        loss = torch.where(is_bounded, bound, loss)
+        is_clipped = is_clipped | is_bounded
+    credit = (weights * loss).sum()
+    counts = {"train/ratio_clipped_frac": (is_clipped & (weights != 0)).sum()}
+    return LossTerms(imitation=credit.new_zeros(()), credit=credit, counts=counts)

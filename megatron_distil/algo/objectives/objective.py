@@ -1,0 +1,61 @@
+"""What an objective is: settings and formula together, chosen by name in a recipe."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_distil import algo
+
+
+class Tokens(NamedTuple):
+    """One microbatch as an objective sees it: no vocabulary, no shards, no groups."""
+
+    student: algo.Columns
+    """Carries gradient; K = 0 without a teacher."""
+    teacher_logprobs: Tensor
+    """[T, K] at the support, -inf in unused slots; constant."""
+    sampling_logprobs: Tensor
+    """[T] of the engine that sampled; constant."""
+    advantages: Tensor
+    """[T] 0 unless the objective needs rewards; constant."""
+    weights: Tensor
+    """[T] 0 outside the loss; the reduction and the denominator are in here."""
+
+
+class Future(Protocol):
+    """The time axis, as an objective sees it."""
+
+    def __call__(self, cost: Tensor, *, mean: bool, discount: float) -> Tensor:
+        """``algo.future_credit`` over whole sequences, however they are sharded. [T] -> [T], no gradient."""
+        ...
+
+
+class Objective(BaseModel):
+    """One loss. A subclass is one file here, one recipe and one test."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    needs_teacher: ClassVar[bool] = True
+    needs_rewards: ClassVar[bool] = False
+
+    name: str
+    """Its file name; the registry picks the class by it."""
+    reduction: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = "token-mean"
+    """How tokens become one number: mean over all tokens; mean over sequences of their token means; ... of their sums."""
+
+    def terms(self, tokens: Tokens, future: Future) -> algo.LossTerms:
+        """The weighted sums whose gradient is the update.
+
+        Args:
+            tokens: what the head left of one microbatch.
+            future: the credit scan, given in: an objective does not know how sequences are sharded.
+
+        Returns:
+            The terms; their ``counts`` are sums over the tokens of the loss, under the names of metrics.
+        """
+        raise NotImplementedError
