@@ -21,7 +21,17 @@ Exit 75 asks the launcher to start the run again; it resumes by itself. All of t
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar, NamedTuple
+from enum import Enum
+from typing import Any, ClassVar, Final, NamedTuple
+
+
+class Missing(Enum):
+    """Stands for a value that nobody gave; an enum, so that it stays itself when an error crosses ranks."""
+
+    MISSING = "MISSING"
+
+
+MISSING: Final = Missing.MISSING
 
 
 class Problem(NamedTuple):
@@ -33,7 +43,8 @@ class Problem(NamedTuple):
     suggestion: str = ""
 
     def __str__(self) -> str:
-        return f"{self.path} = {self.value!r}: {self.reason}. {self.suggestion}".rstrip()
+        given = "" if self.value is MISSING else f" = {self.value!r}"
+        return f"{self.path}{given}: {self.reason}. {self.suggestion}".rstrip()
 
 
 class DistilError(Exception):
