@@ -84,10 +84,16 @@ class CaseResult(NamedTuple):
 
     verdict: Verdict
     stdout: str
-    """Its first 2,000 bytes."""
+    """From its start, as text; cut where ``stdout_bytes`` says more."""
     stdout_bytes: int
     why: str = ""
     """One line, without measured times."""
+    stderr: str = ""
+    """The end of it, where a traceback is."""
+    exit_code: int = 0
+    """Negative: killed by that signal."""
+    cpu_s: float = 0.0
+    wall_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,22 +105,8 @@ class RunResult:
     feedback: str
     """The sandbox's own account of the failures."""
     duration_s: float
-
-
-class Verdict(StrEnum):
-    """What the sandbox says of one test of a program. A fault of the sandbox is an error and never one of these."""
-
-    PASSED = "passed"
-    RAN = "ran"
-    """It ended well, and there was nothing to compare with."""
-    WRONG_ANSWER = "wrong_answer"
-    WALL_LIMIT = "wall_limit"
-    """It waited, it did not compute."""
-    TIME_LIMIT = "time_limit"
-    OUTPUT_LIMIT = "output_limit"
-    MEMORY_LIMIT = "memory_limit"
-    RUNTIME_ERROR = "runtime_error"
-    COMPILE_ERROR = "compile_error"
+    isolation: int = 0
+    """Level at which it ran (``sandbox/README.md``)."""
 
 
 class RolloutId(NamedTuple):
@@ -154,70 +146,6 @@ class Rollout:
     finish: FinishReason
     oldest_weights: int
     newest_weights: int
-
-
-class ProgramTest(NamedTuple):
-    """One run of a program."""
-
-    input: str
-    """Standard input; in functional mode one argument per line, as JSON."""
-    expected: str | None
-    """What is compared with (in functional mode as JSON); None: the program is run and not judged."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Program:
-    """A program that nobody vouches for, and how to try it. Goes to ``feedback/code.py``."""
-
-    code: str
-    tests: tuple[ProgramTest, ...]
-    """Each in a process of its own. Expected values never reach that process."""
-    mode: Literal["stdin", "functional"] = "stdin"
-    function: str = ""
-    """The function that functional tests call."""
-    limits: Mapping[str, float] = field(default_factory=dict[str, float])
-    """By the names of ``sandbox/limits.py``, such as ``cpu_s``; a limit that is not named has the service's default."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TestResult:
-    """What one test of a program did."""
-
-    __test__ = False  # pytest collects classes by this name
-
-    verdict: Verdict
-    why: str
-    """One line without measured times; empty where the verdict says it all."""
-    stdout: str
-    """From the start; cut where ``stdout_bytes`` is larger."""
-    stdout_bytes: int
-    stderr: str
-    """The end of it: where a traceback is."""
-    exit_code: int
-    """Negative: killed by that signal."""
-    cpu_s: float
-    wall_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunResult:
-    """What a program did. Made by ``feedback/wire.py``, which checks it."""
-
-    tests: tuple[TestResult, ...]
-    """One per test of the program, in its order."""
-    feedback: str
-    """The failed tests as text for the teacher: bounded, fenced, harmless. Empty if none failed."""
-    isolation: int
-    """Level at which it ran (``sandbox/README.md``)."""
-    run_s: float
-    """Wall time of all tests, without the queue."""
-    service: str
-    """Who ran it."""
-
-    @property
-    def passed(self) -> bool:
-        """Every test was judged and passed."""
-        return all(test.verdict is Verdict.PASSED for test in self.tests)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
