@@ -31,7 +31,6 @@ LARGEST = 100_000
 _PROMPT_ALPHABET = "0123456789:,"
 _PROGRAM_ALPHABET = frozenset("0123456789x*+-():,>#")
 _SHOWN_CHARS = 14  # of a failed program, in the feedback
-_TEST_TIMEOUT_S = 1.0  # 12 values of an expression; only towers of powers need longer
 _NO_OUTPUTS: Sequence[int | None] = (None,) * len(INPUTS)
 
 # The jail sees this text and the expression, which is data. No value of the row enters it. `type(...) is int` keeps booleans
@@ -92,7 +91,7 @@ class ProgramInduction:
         if not response.text or not set(response.text) <= _PROGRAM_ALPHABET:
             return Ruling(Outcome.INVALID, 0.0, feedback_text(response.text, _NO_OUTPUTS))
         code = _WRAPPER.format(expression=response.text, count=len(INPUTS), largest=LARGEST)
-        return Program(code=code, tests=(Case(input="", expected=None),), test_timeout_s=_TEST_TIMEOUT_S)
+        return Program(code=code, tests=(Case(input="", expected=None),))
 
     def rule(self, prompt: Prompt, response: Response, result: RunResult) -> Ruling:
         """1 iff the program was right at every input, and the response was not cut."""
