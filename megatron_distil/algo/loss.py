@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ class LossTerms(NamedTuple):
     """[] of the cost at each position itself."""
     credit: Tensor
     """[] of log-probabilities of sampled tokens, weighted with what came of them. Its value means nothing."""
-    counts: Mapping[str, Tensor] = {}
+    counts: Mapping[str, Tensor] = MappingProxyType({})
     """Sums over the tokens of the loss, without gradient, under the names of metrics."""
 
 
@@ -51,7 +52,7 @@ def distil_terms(
     return LossTerms(imitation=(weights.detach() * ce).sum(), credit=(constant * carrier).sum())
 
 
-def clipped_policy_terms(  # noqa: PLR0913 - a formula with three clips
+def clipped_policy_terms(
     logprobs: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,

@@ -73,8 +73,9 @@ def topk_cross_entropy(teacher_logprobs: Tensor, student: Columns, *, tail: Tail
         return inside
     if tail == "bucket":
         rest = (1.0 - mass).clamp(min=0.0)
-        return inside - torch.where(rest > 0, rest * student.tail.clamp(min=torch.finfo(student.tail.dtype).min), 0.0)
-    # a row without support has neither mass nor anything to normalise: give its logsumexp one harmless class
+        is_outside = student.tail > -torch.inf  # False where the support is the whole vocabulary
+        return inside - torch.where(is_outside, rest * student.tail.masked_fill(~is_outside, 0.0), 0.0)
+    # A row without support has nothing to normalise: its logsumexp gets harmless values, so that no NaN enters a gradient.
     empty = ~used.any(dim=-1)
     kept = student.support.masked_fill(~used, -torch.inf).masked_fill(empty[:, None], 0.0)
     normaliser = kept.logsumexp(dim=-1)

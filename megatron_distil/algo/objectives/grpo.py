@@ -11,6 +11,8 @@ from megatron_distil.algo.objectives.distil import Clip
 from megatron_distil.algo.objectives.objective import Objective
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from megatron_distil.algo.objectives.objective import Future, Tokens
 
 
@@ -44,3 +46,7 @@ class Grpo(Objective):
             clip_high=self.clip_high,
             dual_clip=float("inf") if self.dual_clip == "none" else self.dual_clip,
         )
+
+    def advantages(self, rewards: Tensor, group_ids: Tensor) -> Tensor:
+        """Reward minus the mean of the group."""
+        return algo.group_advantages(rewards, group_ids, normalise_std=self.normalise_std)

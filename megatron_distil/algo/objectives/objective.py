@@ -59,3 +59,15 @@ class Objective(BaseModel):
             The terms; their ``counts`` are sums over the tokens of the loss, under the names of metrics.
         """
         raise NotImplementedError
+
+    def advantages(self, rewards: Tensor, group_ids: Tensor) -> Tensor:
+        """What each rollout did better than expected; asked only where the objective needs rewards.
+
+        Args:
+            rewards: [N] float.
+            group_ids: [N] int. Equal for the rollouts of one prompt.
+
+        Returns:
+            [N] of the dtype of ``rewards``; equal for equal rewards of one group.
+        """
+        raise NotImplementedError
