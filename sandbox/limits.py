@@ -1,0 +1,32 @@
+"""Limits of one test: names, defaults, ceilings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+DEFAULTS: Mapping[str, float] = {
+    "cpu_s": 6.0,
+    "idle_s": 12.0,  # waiting, not computing: 2 x cpu_s
+    "wall_s": 70.0,  # the last resort: 10 x cpu_s + 10
+    "memory_bytes": 512 << 20,
+    "pids": 64,  # threads: a program is one process
+    "output_bytes": 8 << 20,  # each output, and each file
+    "tmp_bytes": 16 << 20,
+    "tmp_files": 1024,
+}
+CEILINGS: Mapping[str, float] = {
+    "cpu_s": 60.0,
+    "idle_s": 120.0,
+    "wall_s": 610.0,
+    "memory_bytes": 4 << 30,
+    "pids": 256,
+    "output_bytes": 64 << 20,
+    "tmp_bytes": 256 << 20,
+    "tmp_files": 65536,
+}
+
+
+def complete(given: Mapping[str, float]) -> dict[str, float]:
+    """Every limit. Idle and wall time follow the CPU time unless they are given."""
+    cpu = given.get("cpu_s", DEFAULTS["cpu_s"])
+    return {**DEFAULTS, "idle_s": 2 * cpu, "wall_s": 10 * cpu + 10, **given}
