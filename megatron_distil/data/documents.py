@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from megatron_distil.data.rows import Order, Row, Rows, Share, check_rows, raise_if_any
+from megatron_distil.config.schema import Config
+from megatron_distil.data.rows import Order, Row, Rows, Share, check_rows, load_rows, raise_if_any
+from megatron_distil.data.tokenizer import Tokenizer, prompt_encoder
 from megatron_distil.errors import DataError
+from megatron_distil.tasks.task import Task
 from megatron_distil.types import Document, Ids
 
 EXAMPLE: Row = {"context": "4721>", "response": "x4721\n"}
@@ -62,6 +65,25 @@ class RowDocuments:
                 f"{where}: {num_tokens} tokens, {len(context_ids)} of context; 1 to {self._max_tokens} work"
             )
         return Document(context_ids=context_ids, response_ids=response_ids)
+
+
+def load_documents(config: Config, task: Task, tokenizer: Tokenizer, share: Share) -> RowDocuments:
+    """The documents of a supervised run.
+
+    Raises:
+        DataError: names every bad row among the first, or what else is wrong with the data.
+    """
+    rows = load_rows(config.data.train, config.data.split)
+    per_step, seed = config.sft.documents_per_step, config.data.seed
+    return RowDocuments(
+        rows,
+        Order(len(rows), per_step=per_step, seed=seed, source=rows.source),
+        share,
+        encode_context=prompt_encoder(tokenizer, task.style),
+        encode_response=tokenizer.encode,
+        stop_id=tokenizer.stop_ids(task.stop)[0],
+        max_tokens=config.train.max_microbatch_tokens,
+    )
 
 
 def document_problems(row: Row) -> Iterator[tuple[str, str]]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from megatron_distil.data.rows import Order, Rows, Share, check_rows, raise_if_any
+from megatron_distil.config.schema import Config, EvalSet
+from megatron_distil.data.rows import Order, Rows, Share, check_rows, load_rows, raise_if_any
+from megatron_distil.data.tokenizer import Tokenizer, prompt_encoder
 from megatron_distil.errors import DataError
 from megatron_distil.tasks.task import Task
 from megatron_distil.types import Ids, Prompt
@@ -69,6 +71,32 @@ class TaskPrompts:
         return _distinct(
             [self._reader.prompt(index) for index in self._order.indices(step, self._share)], f"step {step}"
         )
+
+
+def load_prompts(config: Config, task: Task, tokenizer: Tokenizer, share: Share) -> TaskPrompts:
+    """The training prompts of a run.
+
+    Raises:
+        DataError: names every bad row among the first, or what else is wrong with the data.
+    """
+    rows = load_rows(config.data.train, config.data.split)
+    per_step, seed = config.rollout.prompts_per_step, config.data.seed
+    order = Order(len(rows), per_step=per_step, seed=seed, source=rows.source)
+    return TaskPrompts(_reader(rows, config, task, tokenizer), order, share)
+
+
+def load_eval_prompts(config: Config, eval_set: EvalSet, task: Task, tokenizer: Tokenizer) -> list[Prompt]:
+    """All prompts of an evaluation set, in the order of the rows.
+
+    Raises:
+        DataError: a row is malformed.
+    """
+    return _reader(load_rows(eval_set.data, eval_set.split), config, task, tokenizer).all()
+
+
+def _reader(rows: Rows, config: Config, task: Task, tokenizer: Tokenizer) -> PromptReader:
+    encode = prompt_encoder(tokenizer, task.style)
+    return PromptReader(rows, task, encode, max_tokens=config.rollout.max_prompt_tokens)
 
 
 def _distinct(prompts: list[Prompt], where: str) -> list[Prompt]:
