@@ -75,6 +75,8 @@ class Program:
     mode: Literal["stdin", "functional"] = "stdin"
     function: str = ""
     """Called in ``functional`` mode."""
+    has_prelude: bool = False
+    """Start with the names of the standard library that LiveCodeBench makes available without an import."""
     test_timeout_s: float | None = None
     """CPU time of one test; None: ``feedback.test_timeout_s``."""
 
