@@ -206,10 +206,10 @@ def _translated(
         case "missing":
             below = [(leaf, info) for leaf, info in settings.items() if leaf.startswith(f"{path}.")]
             for leaf, info in below or [(path, settings.get(path))]:
-                if info is not None and info.is_required():
-                    yield Problem(leaf, MISSING, "has to be stated", info.description or "")
-                elif info is None:
-                    yield Problem(leaf, MISSING, "has to be stated")
+                if leaf == "objective.name":
+                    yield Problem(leaf, MISSING, "has to be stated", f"Objectives: {', '.join(objective_names())}.")
+                elif info is None or info.is_required():
+                    yield Problem(leaf, MISSING, "has to be stated", (info and info.description) or "")
         case _:
             path = next((leaf for leaf in settings if path.startswith(f"{leaf}.")), path)
             reason = entry["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
