@@ -71,13 +71,15 @@ def layer_specs(config: Any, rope_theta: float) -> TransformerBlockSubmodules:
         submodules=TransformerLayerSubmodules(
             input_layernorm=IdentityOp,
             self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType] - functions are built too
             pre_mlp_layernorm=IdentityOp,
             mlp=mlp,
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType] - functions are built too
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    count = get_num_layers_to_build(config)
+    norm: Any = RMSNorm  # annotated as a module, used as its class
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
 
 
 def _normalised(x: Tensor, eps: float) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist  # noqa: TID251 - this module makes the groups
 from megatron.core import parallel_state  # noqa: TID251 - this module makes the groups
+from torch._C._distributed_c10d import HashStore  # torch.distributed has it, and does not export it
 from torch.distributed import ProcessGroup  # noqa: TID251 - the type of a group
 
 from megatron_distil.config.schema import ParallelConfig
@@ -112,18 +113,15 @@ def make_groups(parallel: ParallelConfig, *, collective_timeout_s: float, collec
         create_gloo_process_groups=False,
         distributed_timeout_minutes=collective_timeout_s / 60,  # pyright: ignore[reportArgumentType] - of a timedelta
     )
-    world = dist.group.WORLD
-    if world is None:
-        raise RuntimeError("torch.distributed has no world group")
     return Groups(
-        world=world,
-        tp=parallel_state.get_tensor_model_parallel_group(),
-        pp=parallel_state.get_pipeline_model_parallel_group(),
-        cp=parallel_state.get_context_parallel_group(),
-        dp=parallel_state.get_data_parallel_group(),
-        dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        world=_group(dist.group.WORLD),
+        tp=_group(parallel_state.get_tensor_model_parallel_group()),
+        pp=_group(parallel_state.get_pipeline_model_parallel_group()),
+        cp=_group(parallel_state.get_context_parallel_group()),
+        dp=_group(parallel_state.get_data_parallel_group()),
+        dp_cp=_group(parallel_state.get_data_parallel_group(with_context_parallel=True)),
         replica=_own_replica(parallel, collective_timeout_s),
-        control=dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=collect_timeout_s)),
+        control=_group(dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=collect_timeout_s))),
         device=torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu"),
     )
 
@@ -151,7 +149,7 @@ def _initialise(timeout_s: float) -> None:
     if "RANK" in env:
         dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, timeout=timeout, store=HashStore(), rank=0, world_size=1)
 
 
 def _own_replica(parallel: ParallelConfig, timeout_s: float) -> ProcessGroup:
@@ -161,9 +159,14 @@ def _own_replica(parallel: ParallelConfig, timeout_s: float) -> ProcessGroup:
         group = dist.new_group(ranks, backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
         if dist.get_rank() in ranks:
             mine = group
-    if not isinstance(mine, ProcessGroup):
-        raise RuntimeError(f"rank {dist.get_rank()} is in no replica of {parallel}")
-    return mine
+    return _group(mine)
+
+
+def _group(made: object) -> ProcessGroup:
+    """What torch and Megatron annotate as a group or something else; of a rank inside of it, it is a group."""
+    if not isinstance(made, ProcessGroup):
+        raise TypeError(f"rank {dist.get_rank()} has no such group: {made!r}")
+    return made
 
 
 def _wrong_world(parallel: ParallelConfig, processes: int) -> Problem:

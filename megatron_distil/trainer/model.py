@@ -68,16 +68,16 @@ class Student:
     @property
     def head_weight(self) -> torch.nn.Parameter:
         """[padded V/tp, H] of the output layer, on the last stage; the embedding's where they are one."""
-        if self.gpt.share_embeddings_and_output_weights:
-            return self.gpt.shared_embedding_or_output_weight()
-        return self.gpt.output_layer.weight
+        tied = self.gpt.share_embeddings_and_output_weights
+        weight: Any = self.gpt.shared_embedding_or_output_weight() if tied else self.gpt.output_layer.weight
+        return weight
 
     def parameters(self) -> list[tuple[Entry, torch.nn.Parameter]]:
         """The parameters of this rank with their entries, in Megatron's order."""
         known = {entry.name: entry for entry in entries(self.dims)}
         if self.has_tied_copy:
             known["output_layer.weight"] = tied_copy(self.dims)
-        layers = self.gpt.decoder.layers
+        layers: Any = self.gpt.decoder.layers
         first_layer = layers[0].layer_number - 1
         return [(known[global_name(name, first_layer)], param) for name, param in self.gpt.named_parameters()]
 
