@@ -26,6 +26,8 @@ class ServicePlan:
     """0: a free one, another one after each restart."""
     health_path: str
     """Answers 200 when, and only when, the service is ready."""
+    ready_facts: tuple[str, ...] = ()
+    """Keys of the JSON in that answer that are told when it is ready."""
     start_timeout_s: float
     max_restarts: int = 5
     """Within ten minutes; one more ends the run."""
@@ -90,4 +92,5 @@ def from_json(text: str) -> JobPlan:
 
 
 def _service(row: dict[str, Any]) -> ServicePlan:
-    return ServicePlan(**{**row, "command": tuple(row["command"]), "allowed_env": tuple(row["allowed_env"])})
+    tuples = {key: tuple(row[key]) for key in ("command", "allowed_env", "ready_facts")}
+    return ServicePlan(**{**row, **tuples})

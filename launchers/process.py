@@ -173,19 +173,20 @@ def is_free(port: int) -> bool:
         return True
 
 
-async def answers_200(port: int, path: str, *, timeout_s: float) -> bool:
-    """Whether ``GET path`` is answered with status 200 in time."""
+async def healthy_answer(port: int, path: str, *, timeout_s: float) -> str | None:
+    """The body of the answer to ``GET path``; None unless its status is 200 and it is complete in time."""
     try:
         async with asyncio.timeout(timeout_s):
             reader, writer = await asyncio.open_connection(HOST, port)
             try:
-                writer.write(f"GET {path} HTTP/1.1\r\nHost: {HOST}:{port}\r\nConnection: close\r\n\r\n".encode())
-                status = await reader.readline()
+                # HTTP/1.0: the answer ends with the connection
+                writer.write(f"GET {path} HTTP/1.0\r\nHost: {HOST}:{port}\r\n\r\n".encode())
+                head, _, body = (await reader.read()).partition(b"\r\n\r\n")
             finally:
                 writer.close()
-    except (OSError, TimeoutError, ValueError):
-        return False
-    return status.split()[1:2] == [b"200"]
+    except (OSError, TimeoutError):
+        return None
+    return body.decode(errors="replace") if head.split()[1:2] == [b"200"] else None
 
 
 def last_lines(path: Path, *, start: int = 0, count: int = 15) -> list[str]:

@@ -27,7 +27,7 @@ from typing import IO
 
 from launchers.guard import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, prctl
 from launchers.jobplan import Job, JobPlan, ServicePlan, from_json
-from launchers.process import HOST, Process, ProcessError, answers_200, free_port, is_free, kill_strays, last_lines
+from launchers.process import HOST, Process, ProcessError, free_port, healthy_answer, is_free, kill_strays, last_lines
 from megatron_distil.registry import HEARTBEAT_S, Record, Registry, State
 
 EXIT_SETTINGS, EXIT_UNAVAILABLE = 2, 75
@@ -126,7 +126,6 @@ class Service:
         self.heartbeat()
         why = await self._until_ready(self.process, port, started)
         if not why:
-            self._diary.say(f"{plan.name} is ready after {time.monotonic() - started:.0f} s at {HOST}:{port}")
             self._deaths_in_a_row = 0
             self._publish_state("ready")
             why = await self._until_dead(self.process, port)
@@ -154,7 +153,11 @@ class Service:
     async def _until_ready(self, process: Process, port: int, started: float) -> str:
         """Empty when it is ready; else why it is not."""
         while (code := process.exit_code()) is None:
-            if await answers_200(port, self.plan.health_path, timeout_s=5.0):
+            if (answer := await healthy_answer(port, self.plan.health_path, timeout_s=5.0)) is not None:
+                facts = "".join(f", {key} {value}" for key, value in _facts(answer, self.plan.ready_facts))
+                self._diary.say(
+                    f"{self.plan.name} is ready after {time.monotonic() - started:.0f} s at {HOST}:{port}{facts}"
+                )
                 return ""
             if time.monotonic() - started > self.plan.start_timeout_s:
                 await process.end(grace_s=0.0)
@@ -168,7 +171,7 @@ class Service:
             await asyncio.sleep(_POLL_S)
             if time.monotonic() < next_probe:
                 continue
-            if self._is_paused() or await answers_200(port, self.plan.health_path, timeout_s=_PROBE_TIMEOUT_S):
+            if self._is_paused() or await self._answers(port):
                 misses = 0
             elif not self._is_paused():  # it may have been paused while we asked
                 misses += 1
@@ -177,6 +180,9 @@ class Service:
                 return f"gave no health answer {misses} times in a row"
             next_probe = time.monotonic() + _PROBE_EVERY_S
         return _ended(code)
+
+    async def _answers(self, port: int) -> bool:
+        return await healthy_answer(port, self.plan.health_path, timeout_s=_PROBE_TIMEOUT_S) is not None
 
     def _is_paused(self) -> bool:
         return self._registry.is_paused(self.plan.role, self.plan.name)
@@ -373,6 +379,14 @@ class Supervisor:
 
 def _ended(code: int) -> str:
     return f"was killed by {signal.Signals(code - 128).name}" if 128 < code < 160 else f"ended with exit code {code}"
+
+
+def _facts(answer: str, keys: tuple[str, ...]) -> list[tuple[str, str]]:
+    try:
+        table = json.loads(answer) if keys else {}
+    except ValueError:
+        return []
+    return [(key, json.dumps(table[key])) for key in keys if key in table]
 
 
 def _append(path: str) -> IO[bytes]:
