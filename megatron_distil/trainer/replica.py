@@ -74,6 +74,14 @@ class Replica:
         dist.all_reduce(total, group=self._groups.dp)
         return total.tolist()
 
+    def gather(self, value: R) -> list[R]:
+        """What every replica gives, in their order. The ranks of a replica give the same."""
+        if self._groups.dp_size == 1:
+            return [value]
+        everyone: list[R] = [value] * self._groups.dp_size
+        dist.all_gather_object(everyone, value, group=self._groups.dp)
+        return everyone
+
     def any_rank(self, flag: bool) -> bool:
         """Whether it is true on any rank of the world."""
         found = torch.tensor(int(flag))
