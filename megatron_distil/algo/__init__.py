@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_distil.algo.advantages import group_advantages
-    from megatron_distil.algo.columns import Columns, columns
     from megatron_distil.algo.loss import LossTerms, clipped_policy_terms, distil_terms
     from megatron_distil.algo.ratios import truncated_ratio
     from megatron_distil.algo.scan import future_credit
     from megatron_distil.algo.topk import TopK, support_entropy, top_k, topk_cross_entropy
+    from megatron_distil.algo.vocabulary import Columns, columns
 
 _MODULE_BY_NAME = {
-    "Columns": "columns",
+    "Columns": "vocabulary",
     "LossTerms": "loss",
     "TopK": "topk",
     "clipped_policy_terms": "loss",
-    "columns": "columns",
+    "columns": "vocabulary",
     "distil_terms": "loss",
     "future_credit": "scan",
     "group_advantages": "advantages",
@@ -52,5 +52,5 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULE_BY_NAME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_MODULE_BY_NAME[name]}"), name)
-    globals()[name] = value  # ``algo.columns`` is the function, also after the module of that name was imported
+    globals()[name] = value
     return value

@@ -51,8 +51,6 @@ def _later(values: Tensor, segment_ids: Tensor, discount: float) -> Tensor:
     inclusive = values
     while reach < length:
         same = segment_ids[reach:] == segment_ids[:-reach]
-        if not bool(same.any()):
-            break
         step = torch.where(same, inclusive[reach:], 0.0) * discount**reach
         inclusive = torch.cat([inclusive[:-reach] + step, inclusive[-reach:]])
         reach *= 2

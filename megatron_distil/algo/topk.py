@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_distil.algo.columns import Columns
+from megatron_distil.algo.vocabulary import Columns
 
 Tail = Literal["none", "bucket", "renorm"]
 
