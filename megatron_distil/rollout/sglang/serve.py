@@ -43,7 +43,8 @@ CPU_FLAGS: Mapping[str, str] = {
 """What a server without a GPU needs, and what keeps its memory small: ``auto`` would turn float32 into float16, and
 the memory of the key-value pool would be a share of the host's."""
 
-CPU_SWITCHES: Sequence[str] = ("--skip-server-warmup",)
+CPU_SWITCHES: Sequence[str] = ("--skip-server-warmup", "--sleep-on-idle")
+"""The first saves a generation at start. Without the second an idle scheduler burns a core; it wakes within milliseconds."""
 
 ENVIRONMENT: Mapping[str, str] = {
     # /health generates a token by default: 20 s while paused, and a supervisor would restart a healthy server.
@@ -132,9 +133,10 @@ if not HAS_GPU:  # at import: this is what reaches the children
 
 def main() -> None:
     """Run the server until it ends; its children end with it."""
-    from sglang.launch_server import run_server
-    from sglang.srt.server_args import prepare_server_args
-    from sglang.srt.utils import kill_process_tree
+    # Late, because the shims come first. The trainer's environment, where types are checked, has no SGLang.
+    from sglang.launch_server import run_server  # pyright: ignore[reportMissingImports]
+    from sglang.srt.server_args import prepare_server_args  # pyright: ignore[reportMissingImports]
+    from sglang.srt.utils import kill_process_tree  # pyright: ignore[reportMissingImports]
 
     arguments = sys.argv[1:] if HAS_GPU else with_cpu_flags(sys.argv[1:])
     try:
