@@ -113,13 +113,14 @@ def training_job(name: str, training: Training, config: Config, cluster: Cluster
     # the first rank speaks to the terminal, the others to files
     redirects = [f"{rank}:3" for rank in range(1, world)]
     torchrun = (
-        *(places.trainer_python, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(world)),
+        *(places.trainer_python, "-m", "launchers.torchrun", "--nnodes", "1", "--nproc-per-node", str(world)),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"),
         *("--max-restarts", "0"),
         *(("--log-dir", rank_logs, "--redirects", ",".join(redirects)) if redirects else ()),
     )
     distil = (
-        *("-m", "megatron_distil", training.command, training.recipe, "--run", training.run),
+        # without the "--" torchrun takes our --run for an abbreviation of its own --run-path
+        *("-m", "--", "megatron_distil", training.command, training.recipe, "--run", training.run),
         *(("--export", training.export) if training.export else ()),
     )
     return Job(

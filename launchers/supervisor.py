@@ -31,6 +31,8 @@ from launchers.process import HOST, Process, ProcessError, free_port, healthy_an
 from megatron_distil.registry import HEARTBEAT_S, Record, Registry, State
 
 EXIT_SETTINGS, EXIT_UNAVAILABLE = 2, 75
+_KIND_BY_CODE = {EXIT_SETTINGS: "fatal", EXIT_UNAVAILABLE: "unavailable"}
+"""First word of REASON: whether it makes sense to start the run again."""
 _POLL_S = 0.1
 _READY_POLL_S = 0.25
 _PROBE_EVERY_S = 10.0
@@ -242,7 +244,7 @@ class Supervisor:
             return await self._outcome(jobs, tasks)
         except SupervisorError as error:
             self._diary.say(str(error))
-            self._say_reason(f"{'fatal' if error.exit_code == EXIT_SETTINGS else 'unavailable'} {error}")
+            self._say_reason(f"{_KIND_BY_CODE.get(error.exit_code, 'failed')} {error}")
             return error.exit_code
         finally:
             for task in (jobs, *tasks):
@@ -323,20 +325,19 @@ class Supervisor:
         self._diary.note(f"{job.name} started, pid {process.pid}")
         code = await process.wait(float("inf")) or 0
         self._job = None
-        self._diary.note(f"{job.name} {_ended(code)} after {time.time() - started:.1f} s")
+        self._diary.note(f"{job.name} ran {time.time() - started:.1f} s")
         return code if code == 0 or self._stopped_by is not None else self._explain(job, code, started)
 
     def _explain(self, job: Job, code: int, started: float) -> int:
-        """Tell why a job failed. Returns the exit code, also when torchrun has turned it into 1."""
-        said = Registry(job.registry).reason() if job.registry else ""
+        """Tell why a job failed. Returns its exit code."""
         logs = [Path(job.log)] if job.log else sorted(Path(job.rank_logs).rglob("*.log")) if job.rank_logs else []
         for log in logs:
             if log.exists() and log.stat().st_mtime >= started:
                 for line in last_lines(log):
                     self._diary.say(f"  {log.parent.name}/{log.name} | {line}")
-        self._diary.say(f"{job.name} {_ended(code)}{': ' + said if said else ''}")
-        self._say_reason(f"failed {job.name} {_ended(code)}")
-        return EXIT_UNAVAILABLE if code == 1 and said.startswith("unavailable") else code
+        self._diary.say(f"{job.name} {_ended(code)}")
+        self._say_reason(f"{_KIND_BY_CODE.get(code, 'failed')} {job.name} {_ended(code)}")
+        return code
 
     def _say_reason(self, text: str) -> None:
         if not self._registry.reason():
