@@ -77,7 +77,7 @@ def clipped_policy_terms(
         dual_clip: largest ratio that counts where the advantage is negative; inf: no bound.
 
     Returns:
-        Terms whose ``imitation`` is 0; ``train/ratio_clipped_frac`` counts the tokens without gradient.
+        Terms whose ``imitation`` is 0.
 
     Source: arXiv:1707.06347; asymmetric clip: arXiv:2503.14476; dual clip: arXiv:1912.09729.
     """
@@ -92,5 +92,10 @@ def clipped_policy_terms(
         loss = torch.where(is_bounded, bound, loss)
         is_clipped = is_clipped | is_bounded
     credit = (weights * loss).sum()
-    counts = {"train/ratio_clipped_frac": (is_clipped & (weights != 0)).sum()}
+    is_in_loss = weights != 0
+    counts = {
+        "loss/policy_gain": -(loss.detach() * is_in_loss).sum(),
+        "train/ratio": (ratio.detach() * is_in_loss).sum(),
+        "train/ratio_clipped_frac": (is_clipped & is_in_loss).sum(),
+    }
     return LossTerms(imitation=credit.new_zeros(()), credit=credit, counts=counts)

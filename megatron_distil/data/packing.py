@@ -123,6 +123,30 @@ class BatchPacker:
         ]
         return self._batch(rows, sum(self._gather(self._share(rows))))
 
+    def sequences(self, sequences: Sequence[tuple[str, Ids, Ids]]) -> list[tuple[list[int], Microbatch]]:
+        """Sequences that are only read: (name, context, response) -> (indices into the argument, microbatch).
+
+        The response mask says where tokens of the response are predicted. At least one microbatch, if of padding.
+
+        Raises:
+            DataError: a sequence fits no microbatch; names it.
+        """
+        rows = [
+            Row(
+                name=name,
+                prompt_ids=context,
+                response_ids=response,
+                is_counted=True,
+                is_taught=True,
+                advantage=0.0,
+                sampling_logprobs=np.zeros(len(response), dtype=np.float32),
+                targets=None,
+            )
+            for name, context, response in sequences
+        ]
+        bins = self._bins(rows) or [[]]
+        return [(chosen, pack([rows[i] for i in chosen], [0.0] * len(chosen), 0, self._align)) for chosen in bins]
+
     def _advantages(self, everyone: Sequence[tuple[str, float | None]]) -> dict[tuple[str, float | None], float]:
         """The advantage is a function of group and reward, so equal entries need no name of their own."""
         if not self._objective.needs_rewards:
@@ -156,22 +180,25 @@ class BatchPacker:
 
     def _batch(self, rows: Sequence[Row], denominator: float) -> Batch:
         taught = [row for row in rows if row.is_taught and len(row.response_ids)]
-        lengths = [_up(row.length, self._align.sequence) for row in taught]
-        limit = self._max_tokens // self._align.total * self._align.total
-        for row, length in zip(taught, lengths, strict=True):
-            if length > limit:
-                raise DataError(
-                    f"{row.name}: {length} tokens with padding do not fit a microbatch; "
-                    f"raise train.max_microbatch_tokens = {self._max_tokens} to {_up(length, self._align.total)} or more"
-                )
         support = max((row.targets.support_ids.shape[1] for row in taught if row.targets is not None), default=0)
         # A replica without a loss runs one forward and backward over padding: the others wait for it in collectives.
-        bins = balanced_bins(lengths, limit) or [[]]
+        bins = self._bins(taught) or [[]]
         weights = [self._weight(row) / (denominator or 1.0) for row in taught]
         microbatches = tuple(
             pack([taught[i] for i in chosen], [weights[i] for i in chosen], support, self._align) for chosen in bins
         )
         return Batch(microbatches=microbatches, denominator=denominator)
+
+    def _bins(self, rows: Sequence[Row]) -> list[list[int]]:
+        lengths = [_up(row.length, self._align.sequence) for row in rows]
+        limit = self._max_tokens // self._align.total * self._align.total
+        for row, length in zip(rows, lengths, strict=True):
+            if length > limit:
+                raise DataError(
+                    f"{row.name}: {length} tokens with padding do not fit a microbatch; "
+                    f"raise train.max_microbatch_tokens = {self._max_tokens} to {_up(length, self._align.total)} or more"
+                )
+        return balanced_bins(lengths, limit)
 
     def _weight(self, row: Row) -> float:
         return 1.0 / len(row.response_ids) if self._objective.reduction == "seq-mean-token-mean" else 1.0

@@ -58,6 +58,8 @@ class Distil(Objective):
             "loss/kl_nats": (kl * is_in_loss).sum(),
             "loss/credit_nats": (credit * is_in_loss).sum(),
         }
+        if self.token_clip != "none":
+            counts["train/token_clipped_frac"] = ((full_ce.detach() > self.token_clip) & is_in_loss).sum()
         weights = tokens.weights
         if self.tis_clip != "none":
             ratio = algo.truncated_ratio(tokens.student.sampled, tokens.sampling_logprobs, clip=self.tis_clip)

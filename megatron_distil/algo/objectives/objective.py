@@ -42,6 +42,8 @@ class Objective(BaseModel):
 
     needs_teacher: ClassVar[bool] = True
     needs_rewards: ClassVar[bool] = False
+    reads_samples: ClassVar[bool] = True
+    """Whether the tokens were drawn by an engine, which said how probable it found them."""
 
     name: str
     """Its file name; the registry picks the class by it."""

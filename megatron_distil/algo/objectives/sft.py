@@ -15,6 +15,7 @@ class Sft(Objective):
     """Negative log-likelihood of the given response."""
 
     needs_teacher: ClassVar[bool] = False
+    reads_samples: ClassVar[bool] = False
 
     def terms(self, tokens: Tokens, future: Future) -> algo.LossTerms:
         """Imitation of the given tokens; ``future`` is not asked."""
