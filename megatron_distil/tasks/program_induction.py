@@ -31,6 +31,7 @@ LARGEST = 100_000
 _PROMPT_ALPHABET = "0123456789:,"
 _PROGRAM_ALPHABET = frozenset("0123456789x*+-():,>#")
 _SHOWN_CHARS = 14  # of a failed program, in the feedback
+_LONGEST_OUTPUT = 2 + len(INPUTS) * len(f"{-LARGEST}, ")  # of the wrapper; anything longer is not even parsed
 _NO_OUTPUTS: Sequence[int | None] = (None,) * len(INPUTS)
 
 # The jail sees this text and the expression, which is data. No value of the row enters it. `type(...) is int` keeps booleans
@@ -126,7 +127,7 @@ TASK = ProgramInduction()
 def read_outputs(result: RunResult) -> Sequence[int | None]:
     """What the wrapper printed: one integer or null per input. Anything else is no output at all."""
     test = result.tests[0]
-    if test.verdict not in (Verdict.RAN, Verdict.PASSED):
+    if test.verdict not in (Verdict.RAN, Verdict.PASSED) or len(test.stdout) > _LONGEST_OUTPUT:
         return _NO_OUTPUTS
     try:
         values = json.loads(test.stdout)
