@@ -103,10 +103,16 @@ TOTALS = frozenset(
 )
 """Counted once each and never divided."""
 
+_SET = r"eval/([a-z0-9]+_)*?"
 PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"eval/([a-z0-9]+_)*avg_at_\d+"), "Held-out prompts: mean over prompts of the share that passed."),
-    (re.compile(r"eval/([a-z0-9]+_)*pass_at_\d+"), "Held-out prompts: chance that one of so many passes, unbiased."),
-    (re.compile(r"eval/[a-z0-9]+(_[a-z0-9]+)*"), "Held-out prompts: what the task measures of a response, mean."),
+    (re.compile(_SET + r"avg_at_(?P<n>\d+)"), "Held-out prompts: share of {n} responses that passed."),
+    (re.compile(_SET + r"pass_at_(?P<n>\d+)"), "Held-out prompts: chance that one of {n} responses passes."),
+    (re.compile(_SET + r"response_tokens"), "Held-out prompts: length of a response."),
+    (re.compile(_SET + r"truncated_frac"), "Held-out prompts: share of the responses that were cut."),
+    (re.compile(_SET + r"unavailable_frac"), "Held-out prompts: share of the responses without a verdict."),
+    (re.compile(_SET + r"reward"), "Held-out prompts: mean reward."),
+    (re.compile(_SET + r"first_road_share"), "Held-out prompts: share of the responses that take the first road."),
+    (re.compile(r"eval/[a-z0-9]+(_[a-z0-9]+)*"), "Held-out prompts: a measure of the task, mean over responses."),
 )
 
 
@@ -119,8 +125,8 @@ def sentence(name: str) -> str:
     if name in SENTENCE_BY_NAME:
         return SENTENCE_BY_NAME[name]
     for pattern, text in PATTERNS:
-        if pattern.fullmatch(name):
-            return text
+        if found := pattern.fullmatch(name):
+            return text.format(**found.groupdict())
     close = get_close_matches(name, SENTENCE_BY_NAME, n=1)
     hint = f"did you mean {close[0]}?" if close else "add it with a sentence"
     raise ValueError(f"{name}: not in the catalogue metrics/names.py; {hint}")
