@@ -20,7 +20,8 @@ from megatron.core.distributed import (
 )
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -200,7 +201,21 @@ def _build_gpt(dims: ModelDims, transformer: TransformerConfig, groups: Groups) 
     with torch.no_grad():
         for param in gpt.parameters():
             param.zero_()
+    _mark_shards(gpt)
     return gpt.to(groups.device)
+
+
+def _mark_shards(gpt: GPTModel) -> None:
+    """Says which parameters are cut over tp: Megatron does so while it draws weights, and here it draws none.
+
+    Without the mark the gradient norm takes a shard for a copy and counts that of the first tensor rank only.
+    """
+    cut_along = ((ColumnParallelLinear, 0), (VocabParallelEmbedding, 0), (RowParallelLinear, 1))
+    for module in gpt.modules():
+        for kind, dim in cut_along:
+            weight = getattr(module, "weight", None)
+            if isinstance(module, kind) and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
 
 
 def _layers(dims: ModelDims, transformer: TransformerConfig) -> tuple[TransformerBlockSubmodules, Any]:
