@@ -281,8 +281,9 @@ class _Counts:
             for place_, name in enumerate(_MAXIMA):
                 if name in self._maxima:
                     mine[place_ - len(_MAXIMA)] = self._maxima[name]
-        everyone = torch.empty(groups.replica.size(), len(mine), dtype=torch.float64)
-        dist.all_gather_into_tensor(everyone, mine, group=groups.replica)
+        flat = torch.empty(groups.replica.size() * len(mine), dtype=torch.float64)
+        dist.all_gather_into_tensor(flat, mine, group=groups.replica)
+        everyone = flat.view(groups.replica.size(), len(mine))
         sums, maxima = everyone.sum(0).tolist(), everyone.amax(0).tolist()[-len(_MAXIMA) :]
         return _Totals(
             tokens=sums[0],
