@@ -1,0 +1,282 @@
+"""Trainer and sandbox share bytes, not code: both are held against the same files."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_distil.errors import DistilError, SandboxRefused, SandboxUnavailable
+from megatron_distil.feedback import wire
+from megatron_distil.types import Case, CaseResult, Program, RunResult, Verdict
+from sandbox import judge, limits, probe, request, service
+from sandbox.executor import Task, WorkerFault
+from sandbox.interpreter import Interpreter
+
+FOLDER = Path(__file__).parent / "sandbox"
+STDIN = Program(code="print(int(input()) + 1)", tests=(Case("1\n", "2"), Case("5\n", None)), test_timeout_s=2.5)
+FUNCTIONAL = Program(
+    code="def add(a, b):\n    return a + b\n",
+    tests=(Case("1\n2", "3"),),
+    mode="functional",
+    function="add",
+    has_prelude=True,
+)
+
+
+def golden(name: str) -> Any:
+    return json.loads((FOLDER / f"{name}.json").read_text())
+
+
+# ------------------------------------------------------------------------------------------- trainer
+def test_the_trainer_sends_the_golden_requests() -> None:
+    assert wire.request_of(STDIN, "7/p3/0", test_timeout_s=9.0) == golden("request")
+    assert wire.request_of(FUNCTIONAL, "7/p4/1", test_timeout_s=6.0) == golden("request_functional")
+
+
+def test_the_trainer_reads_the_golden_replies() -> None:
+    assert wire.result_of(golden("reply"), STDIN, request_id="7/p3/0", service="s") == RunResult(
+        tests=(
+            CaseResult(Verdict.PASSED, "2\n", 2, cpu_s=0.0041, wall_s=0.0062),
+            CaseResult(Verdict.RAN, "6\n", 2, cpu_s=0.0039, wall_s=0.0058),
+        ),
+        feedback="",
+        duration_s=0.0131,
+        isolation=2,
+    )
+    failed = wire.result_of(golden("reply_failed"), FUNCTIONAL, request_id="7/p4/1", service="s")
+    assert (failed.tests[0].verdict, failed.tests[0].exit_code, failed.isolation) == (Verdict.RUNTIME_ERROR, -11, 1)
+    assert failed.tests[0].stderr.startswith("Fatal Python error")
+    assert wire.isolation_of(golden("ready"), service="s") == 2
+
+
+def test_a_fault_of_the_sandbox_is_unavailable_and_never_a_result() -> None:
+    with pytest.raises(SandboxUnavailable, match=r"s: answer to 7/p3/0: the sandbox failed: died"):
+        wire.result_of(golden("reply_fault"), STDIN, request_id="7/p3/0", service="s")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("status",), "fine", "status is 'fine'"),
+        (("protocol",), 2, "protocol is 2"),
+        (("id",), "other", "of request other"),
+        (("tests",), [], "0 results of 2 tests"),
+        (("tests",), None, "tests is 'None'"),
+        (("ran",), 1, "number of results"),
+        (("tests", 0, "verdict"), "excellent", "unknown verdict 'excellent'"),
+        (("tests", 0, "verdict"), "ran", "ran where an answer was expected"),
+        (("tests", 1, "verdict"), "passed", "passed where no answer was expected"),
+        (("tests", 0, "index"), 1, "not in the order"),
+        (("tests", 0, "stdout"), 5, "stdout is '5', not str"),
+        (("tests", 0, "stdout_bytes"), True, "stdout_bytes is 'True', not int"),
+        (("tests", 0, "cpu_s"), -1, "cpu_s"),
+        (("tests", 0, "signal"), "11", "signal"),
+        (("tests", 0), "row", "is not an object"),
+        (("isolation", "level"), "2", "level is '2'"),
+        (("run_s",), None, "run_s"),
+        (("feedback",), None, "feedback"),
+    ],
+)
+def test_a_reply_that_is_not_the_protocol_is_refused_by_name(
+    path: tuple[Any, ...], value: object, message: str
+) -> None:
+    reply = copy.deepcopy(golden("reply"))
+    target = reply
+    for step in path[:-1]:
+        target = target[step]
+    target[path[-1]] = value
+    with pytest.raises(SandboxRefused, match=message):
+        wire.result_of(reply, STDIN, request_id="7/p3/0", service="s")
+
+
+@pytest.mark.parametrize("reply", [None, [], "ok", 3, {}])
+def test_no_reply_at_all_is_no_verdict(reply: object) -> None:
+    with pytest.raises(DistilError):
+        wire.result_of(reply, STDIN, request_id="7/p3/0", service="s")
+
+
+# ------------------------------------------------------------------------------------------- sandbox
+def test_the_sandbox_reads_the_golden_requests() -> None:
+    parsed = request.parse(golden("request"))
+    assert (parsed.id, parsed.code, parsed.mode) == ("7/p3/0", STDIN.code, "stdin")
+    assert parsed.tests == (("1\n", "2"), ("5\n", None))
+    assert (parsed.limits["cpu_s"], parsed.limits["idle_s"], parsed.limits["wall_s"]) == (2.5, 5.0, 35.0)
+    functional = request.parse(golden("request_functional"))
+    assert (functional.function, functional.has_prelude, functional.stop_after) == ("add", True, 1)
+
+
+class Scripted:
+    """A worker that answers with records, or breaks."""
+
+    def __init__(self, records: list[judge.Record | WorkerFault]) -> None:
+        self._records = records
+
+    async def run(self, task: Task) -> judge.Record:
+        record = self._records.pop(0)
+        if isinstance(record, WorkerFault):
+            raise record
+        return record
+
+    async def stop(self) -> None:
+        """Nothing to stop."""
+
+
+def record_of(row: dict[str, Any]) -> judge.Record:
+    return judge.Record(
+        exit=-row["signal"] if row["signal"] else row["exit_code"],
+        stopped_by=None,
+        cpu_s=row["cpu_s"],
+        wall_s=row["wall_s"],
+        run_delay_s=row["run_delay_s"],
+        max_rss_bytes=row["max_rss_bytes"],
+        stdout=row["stdout"].encode(),
+        stdout_bytes=row["stdout_bytes"],
+        stderr=row["stderr"].encode(),
+        stderr_bytes=row["stderr_bytes"],
+        result=b"{}",
+    )
+
+
+async def answer_of(
+    monkeypatch: pytest.MonkeyPatch, name: str, records: list[judge.Record | WorkerFault], level: int
+) -> Any:
+    scripted = Scripted(records)
+
+    async def start(*_: object) -> Scripted:
+        return scripted
+
+    monkeypatch.setattr(service.Worker, "start", start)
+    missing = {"cgroups": ""} if level == 2 else {"mount_in_userns": ""}
+    isolation = service.Isolation(level=level, name=probe.LEVEL_NAMES[level], missing=missing)
+    running = service.Service(isolation, Interpreter("python", "3.11.2", ()), workers=1, queue=4)
+    await running.start()
+    try:
+        return await running.submit(request.parse(golden(name)))
+    finally:
+        await running.drain(1.0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said", "level"), [("request", "reply", 2), ("request_functional", "reply_failed", 1)]
+)
+def test_the_sandbox_answers_with_the_golden_replies(
+    monkeypatch: pytest.MonkeyPatch, asked: str, said: str, level: int
+) -> None:
+    wanted = golden(said)
+    answer = asyncio.run(answer_of(monkeypatch, asked, [record_of(row) for row in wanted["tests"]], level))
+    timed = {name: wanted[name] for name in ("queue_s", "run_s")}
+    assert {**answer, **timed} == wanted
+    assert list(answer) == list(wanted)
+
+
+def test_a_worker_that_breaks_twice_gives_the_golden_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = golden("reply_fault")
+    faults: list[judge.Record | WorkerFault] = [WorkerFault("died"), WorkerFault("died")]
+    answer = asyncio.run(answer_of(monkeypatch, "request", faults, 2))
+    assert {**answer, "queue_s": wanted["queue_s"], "run_s": wanted["run_s"]} == wanted
+
+
+def test_a_fault_in_one_test_leaves_no_verdict_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = record_of(golden("reply")["tests"][0])
+    records: list[judge.Record | WorkerFault] = [good, WorkerFault("x"), good, WorkerFault("y")]
+    answer = asyncio.run(answer_of(monkeypatch, "request", records, 2))
+    assert (answer["status"], answer["detail"], answer["tests"]) == ("sandbox_error", "y", [])
+    assert not {"passed", "pass_all", "pass_fraction", "feedback"} & set(answer)
+
+
+BAD = [
+    ("body", []),
+    ("protocol", {"protocol": 2}),
+    ("code", {"code": None}),
+    ("speed", {"speed": 1}),
+    ("mode", {"mode": "both"}),
+    ("fn", {"mode": "functional"}),
+    ("tests", {"tests": []}),
+    ("tests", {"tests": None}),
+    ("tests[0]", {"tests": [1]}),
+    ("tests[0].output", {"tests": [{"input": "", "output": 1}]}),
+    ("tests[0].output", {"tests": [{"input": "1", "output": "{"}], "mode": "functional", "fn": "f"}),
+    ("limits", {"limits": 3}),
+    ("limits.speed", {"limits": {"speed": 1}}),
+    ("limits.cpu_s", {"limits": {"cpu_s": 0}}),
+    ("limits.cpu_s", {"limits": {"cpu_s": True}}),
+    ("limits.cpu_s", {"limits": {"cpu_s": 1e9}}),
+    ("limits.cpu_s", {"limits": {"cpu_s": float("nan")}}),
+    ("stop_after", {"stop_after": "1"}),
+    ("prelude", {"prelude": 1}),
+    ("id", {"id": [1]}),
+    ("id", {"id": ""}),
+]
+
+
+@pytest.mark.parametrize(("field", "change"), BAD, ids=[str(index) for index in range(len(BAD))])
+def test_a_bad_request_is_refused_with_the_name_of_the_field(field: str, change: Any) -> None:
+    good = {"code": "x", "tests": [{"input": "1", "output": "2"}]}
+    with pytest.raises(request.BadRequest) as caught:
+        request.parse({**good, **change} if isinstance(change, dict) else change)
+    assert str(caught.value).startswith(f"{field}: ")
+
+
+def test_everything_that_decides_the_answer_is_in_the_digest() -> None:
+    plain: dict[str, Any] = {"code": "x", "tests": [{"input": "1", "output": "2"}]}
+    others: list[dict[str, Any]] = [
+        {"code": "y"},
+        {"tests": [{"input": "1", "output": None}]},
+        {"tests": [{"input": "2", "output": "2"}]},
+        {"limits": {"cpu_s": 1}},
+        {"limits": {"tmp_files": 1}},
+        {"stop_after": 7},
+        {"prelude": False},
+        {"mode": "functional", "fn": "f"},
+        {"mode": "functional", "fn": "g"},
+    ]
+    digests = [request.parse({**plain, **other}).digest for other in ({}, *others)]
+    assert len(set(digests)) == len(digests)
+    assert request.parse({**plain, "id": "a"}).digest == request.parse({**plain, "id": "b"}).digest
+
+
+def test_every_verdict_of_the_judge_is_known_to_the_trainer() -> None:
+    names = {value for name, value in vars(judge).items() if name.isupper() and isinstance(value, str)}
+    assert names == set(Verdict)
+
+
+def test_every_limit_has_a_ceiling() -> None:
+    assert set(limits.DEFAULTS) == set(limits.CEILINGS)
+    assert all(limits.DEFAULTS[name] <= limits.CEILINGS[name] for name in limits.DEFAULTS)
+    longest = limits.complete({"cpu_s": limits.CEILINGS["cpu_s"]})
+    assert all(longest[name] <= limits.CEILINGS[name] for name in longest)
+
+
+def test_an_answer_is_forgotten_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "CACHE_ENTRIES", 2)
+
+    async def ask() -> list[bool]:
+        good = record_of(golden("reply")["tests"][0])
+
+        class Endless(Scripted):
+            async def run(self, task: Task) -> judge.Record:
+                return good
+
+        async def start(*_: object) -> Endless:
+            return Endless([])
+
+        monkeypatch.setattr(service.Worker, "start", start)
+        isolation = service.Isolation(level=2, name="namespaced", missing={})
+        running = service.Service(isolation, Interpreter("python", "3", ()), workers=1, queue=4)
+        await running.start()
+        seen: list[bool] = []
+        for code in ("a", "b", "c", "c", "a"):
+            answer = await running.submit(request.parse({"code": code, "tests": [{"input": "", "output": "2"}]}))
+            seen.append(answer["replayed"])
+        await running.drain(1.0)
+        return seen
+
+    started = time.monotonic()
+    assert asyncio.run(ask()) == [False, False, False, True, False]
+    assert time.monotonic() - started < 10
