@@ -29,6 +29,10 @@ class ServicePlan:
     ready_facts: tuple[str, ...] = ()
     """Keys of the JSON in that answer that are told when it is ready."""
     start_timeout_s: float
+    probe_every_s: float = 10.0
+    """How often a ready service is asked again, and how long it may take to answer."""
+    probe_misses: int = 6
+    """So many in a row, and it is killed and started again."""
     max_restarts: int = 5
     """Within ten minutes; one more ends the run."""
     stop_grace_s: float = 0.0

@@ -35,9 +35,6 @@ _KIND_BY_CODE = {EXIT_SETTINGS: "fatal", EXIT_UNAVAILABLE: "unavailable"}
 """First word of REASON: whether it makes sense to start the run again."""
 _POLL_S = 0.1
 _READY_POLL_S = 0.25
-_PROBE_EVERY_S = 10.0
-_PROBE_TIMEOUT_S = 10.0
-_MISSES_UNTIL_DEAD = 6
 _RESTART_WINDOW_S = 600.0
 _LONGEST_PAUSE_S = 30.0
 
@@ -168,7 +165,7 @@ class Service:
         return _ended(code)
 
     async def _until_dead(self, process: Process, port: int) -> str:
-        misses, next_probe = 0, time.monotonic() + _PROBE_EVERY_S
+        misses, next_probe = 0, time.monotonic() + self.plan.probe_every_s
         while (code := process.exit_code()) is None:
             await asyncio.sleep(_POLL_S)
             if time.monotonic() < next_probe:
@@ -177,14 +174,14 @@ class Service:
                 misses = 0
             elif not self._is_paused():  # it may have been paused while we asked
                 misses += 1
-            if misses >= _MISSES_UNTIL_DEAD:
+            if misses >= self.plan.probe_misses:
                 await process.end(grace_s=0.0)
                 return f"gave no health answer {misses} times in a row"
-            next_probe = time.monotonic() + _PROBE_EVERY_S
+            next_probe = time.monotonic() + self.plan.probe_every_s
         return _ended(code)
 
     async def _answers(self, port: int) -> bool:
-        return await healthy_answer(port, self.plan.health_path, timeout_s=_PROBE_TIMEOUT_S) is not None
+        return await healthy_answer(port, self.plan.health_path, timeout_s=self.plan.probe_every_s) is not None
 
     def _is_paused(self) -> bool:
         return self._registry.is_paused(self.plan.role, self.plan.name)
