@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import aiohttp
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_before_delay, wait_exponential_jitter
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_before_delay, wait_exponential, wait_random
 
 from megatron_distil.errors import DistilError
 
@@ -38,7 +38,7 @@ def attempts(budget_s: float, on: type[DistilError]) -> AsyncRetrying:
     """Attempts with growing, jittered pauses until the budget is spent; then the last error, as it was."""
     return AsyncRetrying(
         retry=retry_if_exception_type(on),
-        wait=wait_exponential_jitter(initial=0.2, max=10.0),
+        wait=wait_exponential(multiplier=0.2, max=10.0) + wait_random(0.0, 0.2),
         stop=stop_before_delay(budget_s),
         reraise=True,
     )
