@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from megatron_distil.types import (
     Batch,
@@ -19,8 +19,6 @@ from megatron_distil.types import (
     Targets,
     TeacherContext,
 )
-
-R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,9 +108,7 @@ class Teacher(Protocol):
 class Packer(Protocol):
     """Examples -> tensors: masks, weights, advantages, layouts."""
 
-    def batches(
-        self, examples: Sequence[Example], targets: Sequence[Targets | None], step: int
-    ) -> list[Batch]:
+    def batches(self, examples: Sequence[Example], targets: Sequence[Targets | None], step: int) -> list[Batch]:
         """One batch per optimizer step, in order. Collective over dp: the denominators are global."""
         ...
 
@@ -128,8 +124,11 @@ class Learner(Protocol):
         """Number of steps that are done: restores the newest complete checkpoint, or starts at 0."""
         ...
 
-    def on_head(self, work: Callable[[], Awaitable[list[R]]]) -> list[R]:
-        """Run ``work`` once per replica, on its head; share the result in the replica and an error with every rank."""
+    def on_head(self, work: Callable[[], Awaitable[list[Example]]]) -> list[Example]:
+        """Run ``work`` once per replica, on its head, and an error reaches every rank.
+
+        The examples are then spread over the replicas, so that each has about as many tokens; groups stay together.
+        """
         ...
 
     def update(self, batch: Batch) -> Sums:
@@ -180,7 +179,9 @@ class Log(Protocol):
         """Times a phase: ``time/<name>_s``."""
         ...
 
-    def write(self, step: int, examples: Sequence[Example], targets: Sequence[Targets | None], updates: Sequence[Sums]) -> None:
+    def write(
+        self, step: int, examples: Sequence[Example], targets: Sequence[Targets | None], updates: Sequence[Sums]
+    ) -> None:
         """One line of metrics: reduces over replicas, divides once. Collective."""
         ...
 
@@ -208,14 +209,3 @@ class Stopped(Protocol):
     def __call__(self) -> bool:
         """Collective, the same answer on every rank."""
         ...
-
-
-class NamedWeights(Protocol):
-    """The student under its Hugging Face names. Collective."""
-
-    def __call__(self) -> Iterator[tuple[str, object]]:
-        """(name, tensor) in a fixed order; whole tensors, on the ranks that send."""
-        ...
-
-
-Task = Mapping[str, object]
