@@ -132,7 +132,7 @@ class Learner(Protocol):
         ...
 
     def update(self, batch: Batch) -> Sums:
-        """theta <- theta - lr * grad L(theta; batch).
+        """Theta <- theta - lr * grad L(theta; batch).
 
         Raises:
             NonFiniteLossError: on every rank, before the step.
