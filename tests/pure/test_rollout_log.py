@@ -103,6 +103,18 @@ def test_a_torn_file_is_absent_and_is_written_anew(tmp_path, kept):
     assert path.read_bytes() == whole
 
 
+@pytest.mark.parametrize("lines", range(7))
+def test_a_file_that_ends_after_a_whole_line_too_early_is_absent(tmp_path, lines):
+    log(tmp_path).write(12, group(1))
+    path = tmp_path / "step_000012.dp0.jsonl"
+    whole = path.read_text().splitlines(keepends=True)
+    assert len(whole) == 7
+    path.write_text("".join(whole[:lines]))
+    assert log(tmp_path).read(12) is None
+    path.write_text("".join(whole))
+    assert plain(log(tmp_path).read(12)) == plain(group(1))
+
+
 def test_a_file_that_was_not_finished_is_ignored(tmp_path):
     (tmp_path / "step_000012.dp0.tmp").write_text('{"format": 1}\n')
     assert log(tmp_path).read(12) is None
@@ -165,6 +177,13 @@ def test_a_step_of_another_number_of_replicas_with_a_file_missing_is_absent_for_
     assert log(tmp_path, 0, 1).read(12) is None
     assert log(tmp_path, 1, 2).read(12) is None
     assert plain(log(tmp_path, 0, 2).read(12)) == plain(group(0))
+
+
+def test_files_of_different_numbers_of_replicas_are_not_mixed(tmp_path):
+    log(tmp_path, 0, 2).write(12, group(0))
+    log(tmp_path, 1, 4).write(12, group(1))
+    assert [log(tmp_path, index, 1).read(12) for index in range(1)] == [None]
+    assert log(tmp_path, 1, 2).read(12) is None
 
 
 def test_another_run_is_asked_for_what_this_one_has_not_logged(tmp_path):

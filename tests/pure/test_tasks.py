@@ -64,6 +64,12 @@ def test_a_failed_program_is_shown_with_what_it_returned(text, expected):
     assert (ruling(text).text, ruling(text).reward) == (expected, 0.0)
 
 
+def test_a_comparison_is_no_integer():
+    asked = INDUCTION.program(PROMPT, Response("x>1", True))
+    assert isinstance(asked, Program)
+    assert json.loads(run_here(asked).tests[0].stdout) == [None] * 12
+
+
 @pytest.mark.parametrize("text", ["x*81+2", "2+81*x", "x*81+2#", "(x*81)+2", "x*9*9+1+1"])
 def test_any_expression_that_is_right_at_every_input_passes(text):
     assert ruling(text) == Ruling(Outcome.PASSED, 1.0, "")
