@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from launchers import guard
 from launchers.jobplan import Job
 from megatron_distil.registry import HEARTBEAT_S
 from tests.supervised import eventually, is_alive, job, none_alive, service, shell, supervised
@@ -305,3 +306,31 @@ def test_no_rank_survives_the_death_of_a_rank_of_torchrun_or_of_the_supervisor(t
 
     assert code == (-9 if victim == "supervisor" else 137)
     assert ("rank 1 was killed by SIGKILL" in text) == (victim == "rank")
+
+
+def guarded(command: list[str], parent: int) -> subprocess.Popen[bytes]:
+    reading, writing = os.pipe()
+    argv = [sys.executable, "-I", "-S", guard.__file__, str(parent), str(writing), *command]
+    process = subprocess.Popen(argv, pass_fds=(writing,), stderr=subprocess.DEVNULL)
+    os.close(writing)
+    os.read(reading, 64)
+    os.close(reading)
+    return process
+
+
+def test_a_guard_hands_on_how_its_command_ended():
+    for script, code in (("exit 0", 0), ("exit 75", 75), ("kill -9 $$", 137), ("kill -TERM $$", 143)):
+        assert guarded(["sh", "-c", script], os.getpid()).wait(20) == code
+    assert guarded(["/no/such/program"], os.getpid()).wait(20) == 127
+
+
+def test_a_guard_alone_kills_the_orphans_of_its_command(tmp_path):
+    script = f"setsid sh -c 'echo $$ > {tmp_path}/orphan; sleep 600' & while ! test -s {tmp_path}/orphan; do :; done"
+    assert guarded(["sh", "-c", script], os.getpid()).wait(20) == 0
+    assert not is_alive(int((tmp_path / "orphan").read_text()))
+
+
+def test_a_guard_whose_parent_has_ended_before_it_came_up_starts_nothing(tmp_path):
+    somebody_else = 1
+    assert guarded(["touch", str(tmp_path / "started")], somebody_else).wait(20) == 137
+    assert not (tmp_path / "started").exists()
