@@ -6,10 +6,12 @@ import importlib
 import json
 import logging
 import os
+import platform
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+import megatron_distil
 from megatron_distil import sizing
 from megatron_distil.config.check import is_supervised
 from megatron_distil.config.load import flat, load_config
@@ -156,9 +159,22 @@ def _checked(recipe: str, overrides: Sequence[str] | None, *, is_sft: bool) -> C
 def _application(command: str, config: Config, options: RunOptions) -> Any:
     """``megatron_distil.app`` needs torch and Megatron; it is imported when everything that can be checked was checked."""
     options.run.mkdir(parents=True, exist_ok=True)
+    if _rank() == 0:
+        (options.run / "versions.json").write_text(json.dumps(_versions(), indent=2) + "\n", encoding="utf-8")
     configure_logging(options.run, _rank(), config.parallel)
     work: Callable[[Config, RunOptions], Any] = getattr(importlib.import_module("megatron_distil.app"), command)
     return work(config, options)
+
+
+def _versions() -> dict[str, str]:
+    """Of what a result depends on; the packages are asked without importing them."""
+    found = {"python": platform.python_version(), "megatron_distil": megatron_distil.__version__}
+    for package in ("torch", "megatron-core", "transformers", "numpy", "pydantic"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def _finish(steps: int, config: Config) -> None:

@@ -40,6 +40,7 @@ function bytes(value) {
   while (Math.abs(value) >= 1024 && unit < units.length - 1) { value /= 1024; unit += 1; }
   return value.toFixed(unit ? 1 : 0) + " " + units[unit];
 }
+const unitOf = (value) => 1024 ** Math.floor(Math.log(Math.max(1, Math.abs(value))) / Math.log(1024));
 function duration(seconds) {
   if (seconds < 90) return seconds.toFixed(0) + " s";
   if (seconds < 5400) return (seconds / 60).toFixed(1) + " min";
@@ -93,7 +94,7 @@ const hideTip = () => { tip.hidden = true; };
 const row = (color, shape, name, value) => el("div", {}, el("span", { class: shape + " " + color }), el("span", {}, name), el("span", {}, value));
 
 // One chart: a frame, its axes, and whatever is drawn into it.
-function frame(host, { low, high, last, log, name, height = 170, lead = 46 }) {
+function frame(host, { low, high, last, log, name, height = 170, lead = /bytes$/.test(name) ? 60 : 46 }) {
   const width = Math.max(240, host.clientWidth || 340);
   const edge = { top: 8, right: 12, bottom: 22, left: lead };
   const inner = { width: width - edge.left - edge.right, height: height - edge.top - edge.bottom };
@@ -102,7 +103,7 @@ function frame(host, { low, high, last, log, name, height = 170, lead = 46 }) {
   const x = (step) => edge.left + (last ? step / last : 0.5) * inner.width;
   const y = (value) => edge.top + (1 - (scale(value) - from) / (to - from || 1)) * inner.height;
   const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-label": name });
-  const marks = log ? ticks(Math.floor(from), Math.ceil(to), 4).filter(Number.isInteger).map((one) => 10 ** one).filter((one) => one >= low * 0.99 && one <= high * 1.01) : ticks(low, high, 4);
+  const marks = log ? ticks(Math.floor(from), Math.ceil(to), 4).filter(Number.isInteger).map((one) => 10 ** one).filter((one) => one >= low * 0.99 && one <= high * 1.01) : /bytes$/.test(name) ? ticks(low / unitOf(high), high / unitOf(high), 4).map((one) => one * unitOf(high)) : ticks(low, high, 4);
   for (const mark of marks.length ? marks : [low, high]) {
     svg.append(draw("line", { class: "grid-line", x1: edge.left, x2: width - edge.right, y1: y(mark), y2: y(mark) }),
       draw("text", { x: edge.left - 7, y: y(mark) + 3.5, "text-anchor": "end" }, log ? mark.toExponential(0) : tickText(mark, name)));
