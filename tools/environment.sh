@@ -3,8 +3,9 @@
 # An environment holds dependencies only and lies outside the clone, named after its pins: clones with the same pins share
 # it, the code comes by PYTHONPATH. It counts when its file `complete` is there, which is written last.
 #
-#   DISTIL_PYTHON       interpreter to build with; default: python3.11, python3.12 or python3, the first that fits
-#   XDG_CACHE_HOME      where environments lie (in megatron_distil/envs), default ~/.cache
+#   DISTIL_PYTHON         interpreter to build with; default: python3.11, python3.12 or python3, the first that fits
+#   DISTIL_SERVER_PYTHON  interpreter of the SGLang server, for those who have one already; set for whoever starts servers
+#   XDG_CACHE_HOME        where environments lie (in megatron_distil/envs), default ~/.cache
 
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 ENVS=${XDG_CACHE_HOME:-$HOME/.cache}/megatron_distil/envs
@@ -100,7 +101,9 @@ use() {
     first=$(find_env "$1")
     export VIRTUAL_ENV=$first PATH="$first/bin:$PATH" PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-    DISTIL_SERVER_PYTHON=${DISTIL_SERVER_PYTHON:-$(find_env server)/bin/python}
-    export DISTIL_SERVER_PYTHON
+    if [ -z "${DISTIL_SERVER_PYTHON:-}" ] && [ -n "$(find_env server)" ]; then
+        DISTIL_SERVER_PYTHON=$(find_env server)/bin/python
+        export DISTIL_SERVER_PYTHON
+    fi
     unset PYTHONHOME
 }
