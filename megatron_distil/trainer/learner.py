@@ -17,8 +17,8 @@ from megatron_distil.types import Batch, Example, Sums
 class StatefulTeacher(Teacher, Protocol):
     """A teacher whose weights are part of a checkpoint."""
 
-    def state(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """Its own weights by owner and parameter, empty if it has none; loading fills them in place."""
+    def state(self) -> Mapping[str, Tensor]:
+        """Its own weights by parameter, empty if it has none; loading fills them in place."""
         ...
 
 
@@ -47,7 +47,7 @@ class MegatronLearner:
         Raises:
             CheckpointError: on every rank: it is damaged, or of another run.
         """
-        step = self._checkpoints.load(self.teacher.state())
+        step = self._checkpoints.load(self._extra())
         self._saved = step or None
         return step
 
@@ -85,5 +85,9 @@ class MegatronLearner:
         self._checkpoints.wait()
 
     def _save(self, step: int) -> None:
-        self._checkpoints.save(step, self.teacher.state())
+        self._checkpoints.save(step, self._extra())
         self._saved = step
+
+    def _extra(self) -> Mapping[str, Mapping[str, Tensor]]:
+        weights = self.teacher.state()
+        return {"teacher": weights} if weights else {}

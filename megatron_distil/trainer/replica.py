@@ -88,9 +88,11 @@ class Replica:
         dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._groups.control)
         return bool(found)
 
-    def close(self) -> None:
-        """Ends the event loop of this rank; not collective."""
+    def close(self, last: Callable[[], Awaitable[None]] | None = None) -> None:
+        """Ends the event loop of this rank, after ``last`` has closed what lives in it; not collective."""
         if self._runner is not None:
+            if last is not None:
+                self._runner.run(_awaited(last))
             self._runner.close()
 
     def _loop(self) -> asyncio.Runner:
@@ -113,7 +115,7 @@ class Replica:
             raise error
 
 
-async def _awaited(work: Callable[[], Awaitable[list[R]]]) -> list[R]:
+async def _awaited(work: Callable[[], Awaitable[R]]) -> R:
     return await work()
 
 
