@@ -7,6 +7,7 @@ changed) has lost its weights and comes back alone, through ``admit``.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
@@ -70,6 +71,9 @@ class EnginePool:
         self._in_flight: dict[Instance, int] = {}
         self._home: dict[str, Instance] = {}
         self._refused: dict[Instance, str] = {}
+        self._failures: dict[Instance, str] = {}
+        self._served_at = 0.0
+        self._doubted = asyncio.Event()
         self._waiters: deque[asyncio.Future[None]] = deque()
 
     async def watch(self, version: int) -> None:
@@ -82,7 +86,8 @@ class EnginePool:
         self._home.clear()
         self._refused.clear()
         joining: set[Instance] = set()
-        empty_since = time.monotonic()
+        self._failures.clear()
+        self._served_at = time.monotonic()
         async with asyncio.TaskGroup() as tasks:
             while True:
                 records = {Instance(r.name, r.gen): r for r in await asyncio.to_thread(self._registry.live, ROLE)}
@@ -92,10 +97,18 @@ class EnginePool:
                     task = tasks.create_task(self._join(key, records[key], version))
                     task.add_done_callback(lambda _, key=key: joining.discard(key))
                 if self._engines:
-                    empty_since = time.monotonic()
-                elif time.monotonic() - empty_since > self._patience_s:
+                    self._served_at = time.monotonic()
+                elif time.monotonic() - self._served_at > self._patience_s:
                     raise EngineUnavailable(f"no server for {self._patience_s:g} s: {self.describe()}")
-                await asyncio.sleep(POLL_S if self._engines else POLL_S / 10)
+                await self._pause()
+
+    async def _pause(self) -> None:
+        """Until something was doubted, or for ``POLL_S``; at least a tenth of it."""
+        self._doubted.clear()
+        await asyncio.sleep(POLL_S / 10)
+        with contextlib.suppress(TimeoutError):
+            if self._engines:
+                await asyncio.wait_for(self._doubted.wait(), POLL_S)
 
     async def take(self, prompt_id: str) -> tuple[Instance, PooledEngine]:
         """A seat: waits until there is one. Give it back."""
@@ -118,9 +131,11 @@ class EnginePool:
             del self._in_flight[key]
         self._wake(1)
 
-    def doubt(self, key: Instance) -> None:
+    def doubt(self, key: Instance, error: EngineUnavailable) -> None:
         """It failed: ask nothing of it until it has answered what it serves."""
         self._engines.pop(key, None)
+        self._failures[key] = str(error)
+        self._doubted.set()
 
     def describe(self) -> str:
         """For errors: every server that the registry knows, and why it cannot be asked."""
@@ -130,7 +145,8 @@ class EnginePool:
 
     def _describe(self, record: Record) -> str:
         key = Instance(record.name, record.gen)
-        reason = "serving" if key in self._engines else self._refused.get(key) or "does not serve the current weights"
+        failure = self._refused.get(key) or self._failures.get(key)
+        reason = "serves" if key in self._engines else failure or "no answer yet"
         return f"{record.name} ({record.url}): {record.state}, start {record.gen}, {reason}"
 
     async def _join(self, key: Instance, record: Record, version: int) -> None:
@@ -142,14 +158,15 @@ class EnginePool:
                     return
                 _log.info("%s, start %d: gets version %d", key.name, key.gen, version)
                 await self._admit(record, version)
-        except EngineUnavailable as error:
-            _log.debug("%s: %s", key.name, error)  # it is asked again while its record lives
+        except EngineUnavailable as error:  # it is asked again while its record lives
+            self._failures[key] = str(error)
             return
         except (EngineReplyError, SyncError) as error:
             _log.warning("%s, start %d, is left out: %s", key.name, key.gen, error)
             self._refused[key] = str(error)
             return
         self._engines[key] = engine
+        self._served_at = time.monotonic()
         self._wake(len(self._waiters))
 
     def _choose(self, prompt_id: str) -> Instance | None:

@@ -58,8 +58,8 @@ class GroupSampler:
                     seat = None
                     try:
                         return _fresh(await engine.generate(prompt, spec, rollout_id), engine.name)
-                    except EngineUnavailable:
-                        self._pool.doubt(key)
+                    except EngineUnavailable as error:
+                        self._pool.doubt(key, error)
                         raise
                     finally:
                         self._pool.give(key)

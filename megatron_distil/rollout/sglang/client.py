@@ -133,10 +133,14 @@ class SglangEngine:
         await self._publish("/pause_generation", {"mode": "retract"})
 
     async def flush(self) -> None:
-        """Drop every cached prefix. Refused while anything runs, and for milliseconds after: asked again until it is not."""
-        async for attempt in attempts(self._deadlines.publish_s, on=EngineReplyError):
+        """Drop every cached prefix. After ``pause``.
+
+        Refused for milliseconds after a reply, so it is asked again. Without the query ``timeout``: with it the server
+        waits for the requests that the pause holds back (0.5.21, managers/scheduler_components/flush_wrapper.py).
+        """
+        async for attempt in attempts(CONTROL_TIMEOUT_S, on=EngineReplyError):
             with attempt:
-                await self._publish("/flush_cache?timeout=30", {})
+                await self._publish("/flush_cache", {})
 
     async def begin(self) -> None:
         """Open a weight update. One that an earlier publisher left open is ended first."""
