@@ -45,6 +45,12 @@ class Optimizer:
         self.schedule.step(1)
         return bool(is_applied), float(norm or 0.0)
 
+    def make_state(self) -> None:
+        """Moments of 0 where there has been no update, so that there is something to save."""
+        megatron: Any = self.megatron
+        for single in getattr(megatron, "chained_optimizers", [megatron]):
+            single.init_state_fn(single.optimizer)
+
     def continue_at(self, num_updates: int) -> None:
         """Takes rate and decay from the settings, also where a checkpoint has brought others."""
         for group in self.megatron.param_groups:
