@@ -28,17 +28,15 @@ THREAD_STACK_BYTES = 8 << 20
 MAX_DEPTH = 60
 MAX_INT_DIGITS = 50_000
 
-# Names LiveCodeBench makes available without an import. Later lines shadow earlier ones.
+PRELUDE_RECURSION = 50_000
+# Names LiveCodeBench makes available without an import. Later ones shadow earlier ones.
 _STARS = """string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys
 json builtins typing""".split()  # noqa: SIM905 - a list of words
-PRELUDE = (
-    "\n".join(f"from {name} import *" for name in _STARS)
-    + """
-import string, re, datetime, collections, heapq, bisect, copy, math, random, statistics, itertools, functools
-import operator, io, sys, json
-sys.setrecursionlimit(50000)
-"""
-)
+_MODULES = """string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys
+json""".split()  # noqa: SIM905 - a list of words
+PRELUDE: dict[str, Any] = {}
+exec("\n".join([*(f"from {name} import *" for name in _STARS), *(f"import {name}" for name in _MODULES)]), PRELUDE)
+del PRELUDE["__builtins__"]
 
 _dumps, _write = json.dumps, os.write  # as they were before user code could replace them
 
@@ -104,7 +102,8 @@ def run(code: str, *, mode: str, function: str, has_prelude: bool, seed: int, in
     try:
         module = _prepare(code, mode, seed)
         if has_prelude:
-            exec(compile(PRELUDE, "<prelude>", "exec"), module.__dict__)
+            module.__dict__.update(PRELUDE)
+            sys.setrecursionlimit(PRELUDE_RECURSION)
         try:
             program = compile(code, FILENAME, "exec", dont_inherit=True)
         except BaseException:

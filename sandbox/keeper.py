@@ -46,8 +46,8 @@ class Room:
     proc: int
     """Descriptor of the outer /proc."""
     pid_namespace: int | None
-    filter: bytes
-    """seccomp program for children in a pid namespace."""
+    filter: linux.Seccomp
+    """For children in a pid namespace."""
 
 
 class _Clocks(NamedTuple):
@@ -256,9 +256,9 @@ class Keeper:
         if not self._settings.has_seccomp:
             linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
         elif self._settings.is_namespaced:
-            linux.seccomp_load(self._room.filter)
+            self._room.filter.enforce()
         else:
-            linux.seccomp_load(linux.build_filter(os.getpid()))
+            linux.Seccomp(linux.build_filter(os.getpid())).enforce()
 
 
 def _exceeded(limits: dict[str, float], *, cpu: float, wall: float, idle: float) -> str | None:

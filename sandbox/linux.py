@@ -97,6 +97,10 @@ class _CapHeader(ctypes.Structure):
     _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]
 
 
+_CAP_VERSION_3 = ctypes.byref(_CapHeader(0x20080522, 0))
+_NO_CAPABILITIES = ctypes.byref((ctypes.c_uint32 * 6)())
+
+
 def drop_bounding_set() -> None:
     """No process below can gain a capability again; the ones held stay."""
     for capability in range(64):
@@ -107,8 +111,7 @@ def drop_bounding_set() -> None:
 
 def drop_capabilities() -> None:
     """Empty the effective, permitted and inheritable sets."""
-    header, data = _CapHeader(0x20080522, 0), (ctypes.c_uint32 * 6)()
-    check(libc.capset(ctypes.byref(header), ctypes.byref(data)), "capset")
+    check(libc.capset(_CAP_VERSION_3, _NO_CAPABILITIES), "capset")
 
 
 # ------------------------------------------------------------------------------------------ Landlock
@@ -195,7 +198,7 @@ IOCTL_ALLOWED = (0x5401, 0x5421, 0x5450, 0x5451, 0x541B)  # TCGETS FIONBIO FIONC
 PRCTL_ALLOWED = (15, 16, 3, 39, 0x53564D41)  # SET_NAME GET_NAME GET_DUMPABLE GET_NO_NEW_PRIVS SET_VMA
 FCNTL_DENIED = (8, 10, 15, 1024, 1026)  # F_SETOWN F_SETSIG F_SETOWN_EX F_SETLEASE F_NOTIFY
 
-BPF_LD, BPF_JEQ, BPF_JSET, BPF_JGE, BPF_RET = 0x20, 0x15, 0x45, 0x35, 0x06
+BPF_LD, BPF_JEQ, BPF_JSET, BPF_JGT, BPF_JGE, BPF_RET = 0x20, 0x15, 0x45, 0x25, 0x35, 0x06
 OFF_NUMBER, OFF_ARCH, OFF_ARG0 = 0, 4, 16
 
 
@@ -219,22 +222,20 @@ def bpf_return(value: int) -> bytes:
     return bpf(BPF_RET, 0, 0, value)
 
 
-class _Filter:
-    """Instructions of a default-deny filter; every path of a call's body returns."""
+class _Rules:
+    """What happens to each call that is not denied. Every path of a call's body returns."""
 
     def __init__(self) -> None:
-        self.code = [bpf_load(OFF_ARCH), bpf(BPF_JEQ, 1, 0, AUDIT_ARCH), bpf_return(RET_KILL), bpf_load(OFF_NUMBER)]
-        if IS_X86:  # the x32 ABI shares the arch value
-            self.code += [bpf(BPF_JGE, 0, 1, 0x40000000), bpf_return(RET_KILL)]
+        self._bodies: dict[int, list[bytes]] = {}
 
     def on(self, name: str, body: Sequence[bytes]) -> None:
-        """If the call is ``name``, run ``body``. A call that this machine does not have needs no rule."""
+        """A call that this machine does not have needs no rule."""
         if name in NUMBERS:
-            self.code += [bpf(BPF_JEQ, 0, len(body), NUMBERS[name]), *body]
+            self._bodies[NUMBERS[name]] = list(body)
 
     def allow(self, names: Iterable[str]) -> None:
         for name in names:
-            self.on(name, [bpf_return(RET_ALLOW)])
+            self.on(name, _ALLOW)
 
     def allow_if(self, name: str, argument: int, values: Iterable[int], otherwise: int = DENY) -> None:
         body = [bpf_argument(argument)]
@@ -248,6 +249,32 @@ class _Filter:
             body += [bpf(BPF_JEQ, 0, 1, value), bpf_return(DENY)]
         self.on(name, [*body, bpf_return(RET_ALLOW)])
 
+    def program(self) -> bytes:
+        """A search tree over the call's number: the kernel walks it for every number when a filter is loaded."""
+        spans: list[tuple[int, int, list[bytes]]] = []
+        for number, body in sorted(self._bodies.items()):
+            if spans and spans[-1][1] == number - 1 and spans[-1][2] == body == _ALLOW:
+                spans[-1] = spans[-1][0], number, body
+            else:
+                spans.append((number, number, body))
+        head = [bpf_load(OFF_ARCH), bpf(BPF_JEQ, 1, 0, AUDIT_ARCH), bpf_return(RET_KILL), bpf_load(OFF_NUMBER)]
+        if IS_X86:  # the x32 ABI shares the arch value
+            head += [bpf(BPF_JGE, 0, 1, 0x40000000), bpf_return(RET_KILL)]
+        return b"".join(head + _search(spans))
+
+
+_ALLOW = [bpf_return(RET_ALLOW)]
+
+
+def _search(spans: Sequence[tuple[int, int, list[bytes]]]) -> list[bytes]:
+    if len(spans) == 1:
+        ((first, last, body),) = spans
+        inside = [bpf(BPF_JGE, 0, len(body) + 1, first), bpf(BPF_JGT, len(body), 0, last)]
+        return [*inside, *body, bpf_return(DENY)]
+    middle = len(spans) // 2
+    below, above = _search(spans[:middle]), _search(spans[middle:])
+    return [bpf(BPF_JGE, len(below), 0, spans[middle][0]), *below, *above]
+
 
 def build_filter(own_pid: int | None = None) -> bytes:
     """The allowlist as classic BPF. A program is exactly one process: threads only.
@@ -255,7 +282,7 @@ def build_filter(own_pid: int | None = None) -> bytes:
     Args:
         own_pid: the only process that kill and tgkill may name, where no pid namespace bounds them.
     """
-    rules = _Filter()
+    rules = _Rules()
     rules.allow(ALLOWED)
     rules.on("clone3", [bpf_return(RET_ERRNO | errno.ENOSYS)])  # glibc falls back to clone, whose flags BPF can read
     threads_only = [
@@ -278,17 +305,21 @@ def build_filter(own_pid: int | None = None) -> bytes:
     rules.allow_if("ioctl", 1, IOCTL_ALLOWED, RET_ERRNO | errno.ENOTTY)
     rules.allow_if("prctl", 0, PRCTL_ALLOWED)
     rules.allow_if("socketpair", 0, [1])  # AF_UNIX pairs only: asyncio needs them
-    rules.code.append(bpf_return(DENY))
-    return b"".join(rules.code)
+    return rules.program()
 
 
 class _FilterProgram(ctypes.Structure):
     _fields_ = [("len", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
 
 
-def seccomp_load(code: bytes) -> None:
-    """Enforce a filter on this process and its children, for ever."""
-    buffer = ctypes.create_string_buffer(code, len(code))
-    program = _FilterProgram(len(code) // 8, ctypes.cast(buffer, ctypes.c_void_p))
-    prctl(PR_SET_NO_NEW_PRIVS, 1)
-    check(libc.syscall(SYS_SECCOMP, 1, 0, ctypes.byref(program)), "seccomp")
+class Seccomp:
+    """A filter. It may be built in one process and enforced in its children."""
+
+    def __init__(self, code: bytes) -> None:
+        self._code = ctypes.create_string_buffer(code, len(code))
+        self._program = _FilterProgram(len(code) // 8, ctypes.cast(self._code, ctypes.c_void_p))
+
+    def enforce(self) -> None:
+        """On this process and its children, for ever."""
+        prctl(PR_SET_NO_NEW_PRIVS, 1)
+        check(libc.syscall(SYS_SECCOMP, 1, 0, ctypes.byref(self._program)), "seccomp")

@@ -192,7 +192,7 @@ def _landlock() -> str:
 
 def _seccomp() -> None:
     _drop_root()
-    linux.seccomp_load(linux.build_filter())
+    linux.Seccomp(linux.build_filter()).enforce()
     try:
         socket.socket().close()
     except PermissionError:

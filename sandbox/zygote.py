@@ -42,7 +42,9 @@ def main() -> None:
     pid_namespace = namespaces.enter(settings.read_only, proc) if settings.is_namespaced else None
     os.environ.clear()  # noqa: TID251 - what programs see
     os.environ.update(CHILD_ENVIRONMENT, HOME=settings.workdir)  # noqa: TID251
-    room = keeper.Room(settings=settings, proc=proc, pid_namespace=pid_namespace, filter=linux.build_filter())
+    room = keeper.Room(
+        settings=settings, proc=proc, pid_namespace=pid_namespace, filter=linux.Seccomp(linux.build_filter())
+    )
     gc.collect()
     gc.freeze()  # keep the shared pages shared
     gc.disable()
