@@ -266,6 +266,35 @@ class Checkpoints:
         return [result for result, _ in everyone]
 
 
+def save_weights(student: Student, folder: Path) -> None:
+    """Writes the student alone, for any layout. Collective over the world."""
+    metadata = _metadata() | {"dp_cp_group": student.groups.dp_cp}
+    state: dict[str, Any] = {"model": student.gpt.sharded_state_dict(metadata=metadata)}
+    with _no_deprecations():
+        write = start_write(partial(_planned, state, folder), folder, rank=student.groups.rank, in_background=False)
+        write.checksums()  # raises what went wrong
+        for finalize in write.finalize_fns:
+            finalize()
+    if student.groups.rank == 0:
+        write.clean(folder)
+
+
+def load_weights(student: Student, folder: Path) -> None:
+    """Takes the student from a checkpoint and leaves the rest of it. Collective over the world.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    metadata = _metadata() | {"dp_cp_group": student.groups.dp_cp}
+    state: Any = {"model": student.gpt.sharded_state_dict(metadata=metadata)}
+    try:
+        with _no_deprecations():
+            loaded: Any = dist_checkpointing.load(state, str(folder), get_default_load_sharded_strategy(str(folder)))
+        student.gpt.load_state_dict(loaded["model"])
+    except Exception as error:
+        raise CheckpointError(f"{folder}: cannot be loaded: {type(error).__name__}: {error}") from error
+
+
 def complete_steps(folder: Path) -> list[int]:
     """Steps of the complete checkpoints in a folder, which need not exist."""
     return [int(path.parent.name.removeprefix("step_")) for path in folder.glob(f"step_*/{_MARKER}")]

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist  # noqa: TID251 - results and errors of a head go to the other ranks
 
-from megatron_distil.errors import DistilError, ForeignError
+from megatron_distil.errors import ForeignError
 from megatron_distil.trainer.groups import Groups
 
 R = TypeVar("R")
@@ -103,8 +103,6 @@ class Replica:
     def _raise_everywhere(self, failure: Exception | None) -> None:
         """Raises the error of the first rank that has one; the rank itself raises the original."""
         group = self._groups.control
-        if failure is not None:
-            failure.add_note(f"raised on rank {group.rank()}")
         failures: list[Exception | None] = [None] * group.size()
         dist.all_gather_object(failures, None if failure is None else portable(failure), group=group)
         first = next((rank for rank, error in enumerate(failures) if error is not None), None)
@@ -112,6 +110,7 @@ class Replica:
             return
         error = failure if first == group.rank() else failures[first]
         if error is not None:
+            error.add_note(f"raised on rank {first}")
             raise error
 
 
@@ -128,10 +127,7 @@ def portable(error: Exception) -> Exception:
     if type(copy) is type(error) and str(copy) == str(error):
         return error
     text = f"{type(error).__module__}.{type(error).__qualname__}: {error}"
-    foreign: DistilError = ForeignError(text)
-    for note in getattr(error, "__notes__", ()):
-        foreign.add_note(note)
-    return foreign
+    return ForeignError(text)
 
 
 def balanced(sizes: Sequence[int], parts: int) -> list[list[int]]:
