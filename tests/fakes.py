@@ -37,6 +37,8 @@ class FakeServer:
     corrupts: str = ""
     """A weight that is changed after loading."""
 
+    device: str = "cpu"
+    pgid: int = 1
     gen: int = 0
     calls: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
@@ -74,7 +76,7 @@ class FakeServer:
     @property
     def record(self) -> Record:
         url = f"http://127.0.0.1:{self._port}"
-        return Record("rollout", self.name, url, pid=1, pgid=1, state="ready", gen=self.gen, ts=time.time())
+        return Record("rollout", self.name, url, pid=1, pgid=self.pgid, state="ready", gen=self.gen, ts=time.time())
 
     async def die(self) -> None:
         """Cut every connection."""
@@ -147,7 +149,7 @@ class FakeServer:
         return web.json_response({"weight_version": self.version})
 
     async def _server_info(self, _: web.Request, __: dict[str, Any]) -> web.StreamResponse:
-        return web.json_response({"version": "0.5.21", "tp_size": 1, "device": "cpu", "dtype": "float32"})
+        return web.json_response({"version": "0.5.21", "tp_size": 1, "device": self.device, "dtype": "float32"})
 
     async def _ready(self, _: web.Request, __: dict[str, Any]) -> web.StreamResponse:
         return web.Response(status=503 if self.is_paused else 200)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from megatron_distil.config.schema import RolloutConfig, SyncConfig
-from megatron_distil.errors import EngineReplyError, EngineUnavailable, RolloutError, SyncError
+from megatron_distil.errors import EngineReplyError, EngineUnavailable, RegistryError, RolloutError, SyncError
 from megatron_distil.registry import Record, Registry
 from megatron_distil.sync.digest import Digests, first_difference
 from megatron_distil.sync.disk import Snapshots, SnapshotWriter, load
@@ -77,8 +77,8 @@ class Publisher:
 
         Raises:
             SyncError: a server holds something else than was sent, or refuses it. The servers stay paused.
-            EngineUnavailable: no server stayed up.
-            RegistryError: the servers of the run have not registered in time.
+            EngineUnavailable: servers were lost again and again.
+            RegistryError: too few servers registered or answered in time.
         """
         for attempt in range(1, ATTEMPTS + 1):
             try:
@@ -186,7 +186,10 @@ class Publisher:
             if len(reachable) >= count:
                 return reachable
             if time.monotonic() > deadline:
-                raise EngineUnavailable(f"{len(reachable)} of {len(engines)} servers answer: {answers}")
+                failures = "; ".join(str(answer) for answer in answers if isinstance(answer, RolloutError))
+                raise RegistryError(
+                    f"{len(reachable)} of {len(engines)} servers answer, the publication needs {count}: {failures}"
+                )
             await asyncio.sleep(RETRY_PAUSE_S)
 
     async def _stop(self) -> None:
