@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from megatron_distil.algo.objectives import objective_class, objective_names
 from megatron_distil.config import check
@@ -153,7 +154,7 @@ def _validated(table: dict[str, Any]) -> tuple[Config | None, list[Problem]]:
     try:
         return Config.model_validate(table), renamed
     except ValidationError as error:
-        found = [problem for entry in error.errors() for problem in _translated(entry, (), _settings(table), table)]
+        found = [problem for entry in error.errors() for problem in _translated(entry, _settings(table), table)]
     return None, renamed + _merged(found)
 
 
@@ -184,16 +185,8 @@ def _leaves(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInf
             yield f"{prefix}{name}", info
 
 
-def _translated(
-    entry: Mapping[str, Any], prefix: tuple[Any, ...], settings: Mapping[str, FieldInfo], table: Mapping[str, Any]
-) -> Iterator[Problem]:
-    loc = (*prefix, *entry["loc"])
-    inner = entry.get("ctx", {}).get("error")
-    if isinstance(inner, ValidationError):  # the objective checks its own table
-        for below in inner.errors():
-            yield from _translated(below, loc, settings, table)
-        return
-    path = _path(loc)
+def _translated(entry: ErrorDetails, settings: Mapping[str, FieldInfo], table: Mapping[str, Any]) -> Iterator[Problem]:
+    path = _path(entry["loc"])
     name = _at(table, "objective.name")
     if path == "objective" and isinstance(name, str):
         close = get_close_matches(name, objective_names(), n=1)
@@ -220,7 +213,7 @@ def _path(loc: Sequence[Any]) -> str:
     return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in loc).removeprefix(".")
 
 
-def _unquoted(entry: Mapping[str, Any]) -> str:
+def _unquoted(entry: ErrorDetails) -> str:
     """A way out for the commonest slip: a number or truth value in quotes."""
     value = entry["input"]
     if isinstance(value, str) and entry["type"] in ("int_type", "float_type", "bool_type"):

@@ -164,6 +164,13 @@ def test_a_step_counts_its_rollouts():
     )
 
 
+def test_a_prompt_that_always_passes_is_solved_and_not_mixed():
+    log, kept, _ = run_log()
+    log.write(5, [example("a", sample, Outcome.PASSED) for sample in range(2)], [None, None], [])
+    values = kept.lines[0][1]
+    assert (values["feedback/solved_frac"], values["feedback/mixed_frac"]) == (1.0, 0.0)
+
+
 def test_spans_add_up_within_a_step_and_lie_in_each_other():
     log, kept, clock = run_log()
     with log.span("update"):

@@ -156,7 +156,6 @@ def test_a_steady_step_is_no_first_one_and_has_no_evaluation():
         {"step": 0, "time/collect_s": 90.0, "time/update_s": 1.0, "time/step_s": 100.0},
         {"step": 1, **usual},
         {"step": 2, **usual, "time/eval_s": 50.0, "time/step_s": 54.0},
-        {"step": 3, **usual},
     ]
     found = {share.phase: (share.seconds, share.share) for share in steady_shares(run_of(steps=steps))}
     assert found == {"collect": (2.0, 0.5), "update": (1.0, 0.25), "other": (1.0, 0.25)}
