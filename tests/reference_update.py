@@ -87,7 +87,7 @@ def random_targets(examples: list[Example]) -> list[Targets | None]:
 
 
 def reference_loss(
-    hf: Any, objective: Objective, examples: list[Example], targets: list[Targets | None]
+    hf: Any, objective: Objective, examples: list[Example], targets: list[Targets | None], *, temperature: float = 1.0
 ) -> torch.Tensor:
     """The loss of all examples, each alone, reduced as the objective says; carries gradient."""
     judged = [e.feedback.reward is not None for e in examples]
@@ -103,7 +103,9 @@ def reference_loss(
             weight = 1.0 / denominator
             if objective.reduction == "seq-mean-token-mean":
                 weight /= length
-            total = total + sequence_loss(hf, objective, example, target, weight, advantage_of(example, examples))
+            total = total + sequence_loss(
+                hf, objective, example, target, weight, advantage_of(example, examples), temperature
+            )
     return total
 
 
@@ -123,10 +125,16 @@ def response_logits(hf: Any, prefix: Any, response: Any) -> torch.Tensor:
 
 
 def sequence_loss(
-    hf: Any, objective: Objective, example: Example, target: Targets | None, weight: float, advantage: float
+    hf: Any,
+    objective: Objective,
+    example: Example,
+    target: Targets | None,
+    weight: float,
+    advantage: float,
+    temperature: float,
 ) -> torch.Tensor:
     response = example.rollout.token_ids
-    logits = response_logits(hf, example.prompt.token_ids, response)
+    logits = response_logits(hf, example.prompt.token_ids, response) / temperature
     length = len(response)
     support = torch.zeros(length, 0, dtype=torch.int64)
     logprobs = torch.zeros(length, 0)

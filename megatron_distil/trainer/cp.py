@@ -69,5 +69,5 @@ def whole_sequence(part: Tensor, cut: SequenceCut) -> Tensor:
     if cut.group.size() == 1:
         return part.detach()
     parts = torch.empty(cut.order.numel(), dtype=part.dtype, device=part.device)
-    dist.all_gather_into_tensor(parts, part.detach().contiguous(), group=cut.group)
+    dist.all_gather_single(parts, part.detach().contiguous(), group=cut.group)
     return torch.empty_like(parts).index_copy_(0, cut.order.flatten(), parts)

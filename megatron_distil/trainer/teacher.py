@@ -193,7 +193,7 @@ class SelfTeacher:
         if groups.cp_size > 1:
             whole = torch.empty(groups.cp_size * len(bits), bits.shape[1], dtype=bits.dtype, device=bits.device)
             if groups.is_last_stage:
-                dist.all_gather_into_tensor(whole, bits, group=groups.cp)
+                dist.all_gather_single(whole, bits, group=groups.cp)
         if groups.pp_size > 1:
             dist.broadcast(whole, group=groups.pp, group_src=groups.pp_size - 1)
         parts = whole.cpu().view(groups.cp_size, max(counts), -1)

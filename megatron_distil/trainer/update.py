@@ -282,7 +282,7 @@ class _Counts:
                 if name in self._maxima:
                     mine[place_ - len(_MAXIMA)] = self._maxima[name]
         flat = torch.empty(groups.replica.size() * len(mine), dtype=torch.float64)
-        dist.all_gather_into_tensor(flat, mine, group=groups.replica)
+        dist.all_gather_single(flat, mine, group=groups.replica)
         everyone = flat.view(groups.replica.size(), len(mine))
         sums, maxima = everyone.sum(0).tolist(), everyone.amax(0).tolist()[-len(_MAXIMA) :]
         return _Totals(
