@@ -60,7 +60,7 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if not _collected:
+    if not _collected or terminalreporter.config.option.collectonly:
         return
     terminalreporter.section("levels")
     for level in _wanted():
