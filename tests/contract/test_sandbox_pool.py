@@ -227,25 +227,32 @@ def test_load_goes_to_both_services_and_not_above_the_permits(tmp_path: Path) ->
 
 
 def test_an_outage_is_waited_out_once_and_not_by_every_program(tmp_path: Path) -> None:
-    async def scenario() -> tuple[float, float, bool]:
-        registry = Registry(tmp_path)
-        register(registry, "s0", 1)
-        async with Http() as http:
-            pool = SandboxPool(http, registry, FeedbackConfig(budget_s=1.5))
-            times: list[float] = []
-            for _ in range(2):
-                started = time.monotonic()
-                with pytest.raises(SandboxUnavailable):
-                    await pool.run(PROGRAM)
-                times.append(time.monotonic() - started)
-            runner = await Fake("s0", well).start(registry)
-            try:
-                return times[0], times[1], passed(await pool.run(PROGRAM))
-            finally:
-                await runner.cleanup()
+    is_up = False
 
-    outage, after, is_well = asyncio.run(scenario())
-    assert after < 0.5 < outage
+    async def behave(request: web.Request) -> web.StreamResponse:
+        return await (well if is_up else status(503))(request)
+
+    async def scenario() -> tuple[int, int, bool]:
+        nonlocal is_up
+        registry, fake = Registry(tmp_path), Fake("s0", behave)
+        runner = await fake.start(registry)
+        try:
+            async with Http() as http:
+                pool = SandboxPool(http, registry, FeedbackConfig(budget_s=1.5))
+                asked: list[int] = []
+                for _ in range(2):
+                    with pytest.raises(SandboxUnavailable):
+                        await pool.run(PROGRAM)
+                    asked.append(len(fake.ids) - sum(asked))
+                    await asyncio.sleep(1.5)
+                is_up = True
+                return asked[0], asked[1], passed(await pool.run(PROGRAM))
+        finally:
+            await runner.cleanup()
+
+    during, after, is_well = asyncio.run(scenario())
+    assert during > 1
+    assert after == 1
     assert is_well
 
 
