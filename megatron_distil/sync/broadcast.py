@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist  # noqa: TID251 - the group that weights travel by
 from torch import Tensor
+from torch.distributed import TCPStore  # noqa: TID251 - as above
 from torch.distributed.distributed_c10d import (  # noqa: TID251 - as above
     Backend,
     GroupName,
@@ -26,7 +27,6 @@ from torch.distributed.distributed_c10d import (  # noqa: TID251 - as above
     _new_process_group_helper,  # the public function knows the default group only
     _world,
 )
-from torch.distributed.rendezvous import rendezvous  # noqa: TID251 - as above
 
 from megatron_distil.errors import EngineUnavailable, RolloutError
 from megatron_distil.sync.plan import Bucket
@@ -82,18 +82,17 @@ class BroadcastSink:
         backend = "nccl" if all(info.device.startswith("cuda") for info in infos) else "gloo"
         world_size = 1 + sum(info.tp_size for info in infos)
         address = _own_address(engines[0].url)
-        port = _free_port(address)
+        timeout = timedelta(seconds=self._timeout_s)
+        # Made here and not by torch's rendezvous: under torchrun that looks for the store of torchrun's own agent.
+        store = TCPStore(address, 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
         joins: list[Awaitable[None]] = []
         offset = 1
         for engine, info in zip(engines, infos, strict=True):
             joins.append(
-                engine.join_group(name, address, port, rank_offset=offset, world_size=world_size, backend=backend)
+                engine.join_group(name, address, store.port, rank_offset=offset, world_size=world_size, backend=backend)
             )
             offset += info.tp_size
-        timeout = timedelta(seconds=self._timeout_s)
-        self._group = await self._with_peers(
-            lambda: _join(f"tcp://{address}:{port}", world_size, name, backend, timeout), joins
-        )
+        self._group = await self._with_peers(lambda: _join(store, world_size, name, backend, timeout), joins)
         self._name = name
 
     async def _leave(self) -> None:
@@ -148,12 +147,10 @@ _abandoned: list[dist.ProcessGroup | None] = []
 """Broken groups, kept from the destructor, which blocks while a peer is gone."""
 
 
-def _join(address: str, world_size: int, name: str, backend: str, timeout: timedelta) -> dist.ProcessGroup:
+def _join(store: TCPStore, world_size: int, name: str, backend: str, timeout: timedelta) -> dist.ProcessGroup:
     """Rank 0 of a group that torch's default group knows nothing of."""
-    store, rank, world_size = next(rendezvous(address, 0, world_size, timeout=timeout))
-    store.set_timeout(timeout)
     group, _ = _new_process_group_helper(
-        world_size, rank, [], Backend(backend), PrefixStore(name, store), group_name=GroupName(name), timeout=timeout
+        world_size, 0, [], Backend(backend), PrefixStore(name, store), group_name=GroupName(name), timeout=timeout
     )
     if not isinstance(group, dist.ProcessGroup):
         raise AssertionError("the sender is rank 0 of its own group")
@@ -201,9 +198,3 @@ def _own_address(peer_url: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connecting sends nothing
         probe.connect((parts.hostname or "127.0.0.1", parts.port or 1))
         return str(probe.getsockname()[0])
-
-
-def _free_port(address: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        return int(probe.getsockname()[1])
