@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -268,6 +269,9 @@ def configure_logging(run: Path, rank: int, parallel: ParallelConfig) -> None:
     root = logging.getLogger()
     root.setLevel(logging.WARNING)
     logging.getLogger("megatron_distil").setLevel(logging.INFO)
+    # What these libraries deprecate or recommend for GPUs is nothing that a user of ours can act on.
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.distributed)\b")
     for handler in (file, terminal):
         handler.addFilter(_Label(label))
         root.addHandler(handler)

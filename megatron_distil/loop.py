@@ -81,8 +81,10 @@ async def collect(parts: Parts, step: int) -> list[Example]:
         return logged
 
     prompts = parts.prompts.take(step)  # x ~ D
-    rollouts = await parts.sampler.sample(prompts, step)  # y ~ pi(. | x), several per prompt
-    feedback = await parts.judge.judge(prompts, rollouts)  # f ~ F(x, y)
+    with parts.log.span("sample"):
+        rollouts = await parts.sampler.sample(prompts, step)  # y ~ pi(. | x), several per prompt
+    with parts.log.span("judge"):
+        feedback = await parts.judge.judge(prompts, rollouts)  # f ~ F(x, y)
     contexts = parts.contexts.build(prompts, rollouts, feedback)  # c = c(x, f, siblings of y)
 
     prompt_by_id = {prompt.prompt_id: prompt for prompt in prompts}
