@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_distil import algo
+from megatron_distil.algo.objectives.ce import Ce
+from megatron_distil.algo.objectives.objective import Future, Tokens
 from megatron_distil.data.packing import BatchPacker
 from megatron_distil.errors import NonFiniteLossError
 from megatron_distil.trainer.export import hf_weights
@@ -71,6 +74,27 @@ def test_a_loss_that_is_not_finite_stops_every_rank_before_the_step(
 ) -> None:
     world_size = torch.tensor([parallel.get(axis, 1) for axis in ("tp", "pp", "dp")]).prod().item()
     run_ranks(_not_finite, world_size, write_tiny_qwen3(tmp_path), where, parallel)
+
+
+class Infinite(Ce):
+    """A loss without a value, whose gradient is as it should be."""
+
+    def terms(self, tokens: Tokens, future: Future) -> algo.LossTerms:
+        terms = super().terms(tokens, future)
+        return terms._replace(credit=terms.credit + torch.inf)
+
+
+def _infinite(rank: int, folder: Path) -> None:
+    run = Run(folder)
+    run.updater._objective = Infinite(name="ce")
+    examples = step_examples()
+    (batch,) = run.packer.batches(examples, random_targets(examples), 0)
+    with pytest.raises(NonFiniteLossError):
+        run.updater.update(batch)
+
+
+def test_neither_does_an_infinite_loss_whose_gradient_is_finite(tmp_path: Path) -> None:
+    run_ranks(_infinite, 1, write_tiny_qwen3(tmp_path))
 
 
 def _idle_replica(rank: int, folder: Path, parallel: dict[str, Any]) -> None:

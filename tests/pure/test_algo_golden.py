@@ -144,6 +144,18 @@ def test_a_tiny_tail_keeps_its_digits_in_float32():
     assert tail.item() == pytest.approx(want, rel=1e-6)
 
 
+def test_a_bucket_pulls_at_a_tail_however_small_it_is():
+    logits = torch.tensor([[30.0, 0.0, -1.0]], requires_grad=True)
+    teacher = torch.tensor([[0.75]]).log()
+    ce = algo.topk_cross_entropy(teacher, algo.columns(logits, torch.tensor([[0]]), torch.tensor([0])), tail="bucket")
+    ce.sum().backward()
+    q = logits.detach().double().softmax(-1)[0]
+    tail = q[1:].sum()
+    want = torch.stack([q[0] - 0.75, q[1] - 0.25 * q[1] / tail, q[2] - 0.25 * q[2] / tail])
+    assert ce.item() == pytest.approx(-0.25 * tail.log().item(), rel=1e-6)
+    torch.testing.assert_close(logits.grad[0].double(), want, rtol=1e-5, atol=1e-7)
+
+
 def test_top_k_gives_ties_to_the_smaller_id():
     top = algo.top_k(torch.tensor([[1.0, 2.0, 2.0, 0.0, 2.0]]), 2)
     assert top.ids.tolist() == [[1, 2]]
