@@ -127,7 +127,7 @@ class Learner(Protocol):
     def on_head(self, work: Callable[[], Awaitable[list[Example]]]) -> list[Example]:
         """Run ``work`` once per replica, on its head, and an error reaches every rank.
 
-        The examples are then spread over the replicas, so that each has about as many tokens; groups stay together.
+        The examples are then spread over the replicas, so that each has about as many tokens.
         """
         ...
 

@@ -52,10 +52,13 @@ class MegatronLearner:
         return step
 
     def on_head(self, work: Callable[[], Awaitable[list[Example]]]) -> list[Example]:
-        """Run ``work`` on the head of each replica; the examples are then spread evenly, whole groups together."""
+        """Run ``work`` on the head of each replica; the examples are then spread evenly.
+
+        One by one: a mini-batch may hold fewer prompts than there are replicas, and every replica shall have its part.
+        """
         return self._replica.exchange(
             self._replica.on_head(work),
-            group_of=lambda example: example.prompt.prompt_id,
+            group_of=lambda example: example.rollout.rollout_id,
             size_of=lambda example: len(example.prompt.token_ids) + len(example.rollout.token_ids),
         )
 
