@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
 import threading
+import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar, cast
@@ -45,7 +45,6 @@ class BroadcastSink:
         self._engines: Sequence[ServedEngine] = ()
         self._members: tuple[tuple[str, int], ...] = ()
         self._name = ""
-        self._count = 0
         self._group: dist.ProcessGroup | None = None
 
     async def open(self, engines: Sequence[ServedEngine]) -> None:
@@ -76,8 +75,7 @@ class BroadcastSink:
 
     async def _regroup(self, engines: Sequence[ServedEngine]) -> None:
         await self._leave()
-        self._count += 1
-        name = f"weights-{os.getpid()}-{self._count}"
+        name = f"weights-{uuid.uuid4().hex}"  # a server may still know the group of an earlier trainer
         infos = [await engine.info() for engine in engines]
         backend = "nccl" if all(info.device.startswith("cuda") for info in infos) else "gloo"
         world_size = 1 + sum(info.tp_size for info in infos)

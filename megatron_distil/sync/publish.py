@@ -104,8 +104,8 @@ class Publisher:
             self._continue(self._stopped.pop())
 
     def _publish(self, version: int) -> None:
-        self.on_first_head(partial(self._open, version))
         try:
+            self.on_first_head(partial(self._open, version))
             stream = self.export()
             for bucket in self._plan:
                 tensors = list(islice(stream, len(bucket.weights)))
@@ -167,6 +167,7 @@ class Publisher:
         """The servers that answer. The first publication waits for all of them, later ones for one."""
         count = self.rollout.num_engines if self._is_first else 1
         deadline = time.monotonic() + self.rollout.start_timeout_s
+        silent: set[tuple[str, int]] = set()
         while True:
             left_s = max(0.0, deadline - time.monotonic())
             stopped = self.registry.stop_requested
@@ -180,7 +181,9 @@ class Publisher:
                 if not isinstance(answer, BaseException):
                     reachable.append(engine)
                 elif isinstance(answer, RolloutError):
-                    _log.warning("%s is left out of the publication: %s", engine.name, answer)
+                    if (engine.name, engine.gen) not in silent:
+                        _log.warning("%s is left out of the publication: %s", engine.name, answer)
+                    silent.add((engine.name, engine.gen))
                 else:
                     raise answer
             if len(reachable) >= count:

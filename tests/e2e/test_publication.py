@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,8 +60,8 @@ class Run:
         self.models = {seed: tiny_qwen3(seed=seed, **DIMS) for seed in (0, 1)}
         self.student = 0
         admission = Admission(self.snapshots, self.connect)
-        pool = EnginePool(self.registry, self.connect, admit=admission, concurrency=64, patience_s=180.0)
-        self.sampler = GroupSampler(pool, SPEC, samples_per_prompt=2, budget_s=180.0)
+        pool = EnginePool(self.registry, self.connect, admit=admission, concurrency=64, patience_s=400.0)
+        self.sampler = GroupSampler(pool, SPEC, samples_per_prompt=2, budget_s=400.0)
 
     def weights(self) -> dict[str, Tensor]:
         return dict(self.models[self.student].state_dict())
@@ -195,15 +194,3 @@ def test_a_server_killed_in_the_middle_of_a_step_comes_back_alone(run: Run) -> N
     run.student = 0  # the next broadcast goes to a group with the new instance
     publisher.publish(6)
     assert run.gap(given, run.runner.run(run.sampler.sample(given, 6)), 0) < 1e-4
-
-
-def test_a_server_killed_while_nobody_looked_is_found_dead_and_published_to_later(run: Run) -> None:
-    publisher = run.publisher("broadcast")
-    publisher.publish(1)
-    run.server.kill()
-    publisher.rollout = RolloutConfig(start_timeout_s=120.0)
-    run.server.start()
-    run.registry.write(replace(run.server.record, gen=run.server.gen))
-    publisher.publish(2)  # waits until it answers
-    given = prompts(2)
-    assert run.gap(given, run.runner.run(run.sampler.sample(given, 2)), 0) < 1e-4
