@@ -286,9 +286,16 @@ def trainer_that_dies(rank: int, model: Path, folder: Path) -> None:
     writers = _children()
     for pid in writers:
         os.kill(pid, signal.SIGSTOP)
+        os.setpgid(pid, pid)  # or the world would end it with its rank
     (folder / "writers").write_text(" ".join(map(str, writers)))
-    os.setpgid(0, 0)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_the_writer_dies_with_its_trainer_and_the_older_checkpoint_is_found(tmp_path: Path) -> None:
@@ -297,9 +304,11 @@ def test_the_writer_dies_with_its_trainer_and_the_older_checkpoint_is_found(tmp_
         run_ranks(trainer_that_dies, 1, model, folder)
     writers = [int(pid) for pid in (folder / "writers").read_text().split()]
     deadline = time.monotonic() + 5
-    while any(Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text() for pid in writers):
-        assert time.monotonic() < deadline, f"{writers} live"
+    while (alive := [pid for pid in writers if _is_alive(pid)]) and time.monotonic() < deadline:
         time.sleep(0.05)
+    for pid in alive:
+        os.kill(pid, signal.SIGKILL)
+    assert not alive, "the writer outlives its trainer"
     run_ranks(loads, 1, model, folder, 1)
 
 
