@@ -6,7 +6,9 @@ import random
 import resource
 import signal
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +18,11 @@ from transformers import AutoModelForCausalLM
 from megatron_distil.config.schema import Config
 from megatron_distil.errors import CheckpointError
 from megatron_distil.trainer.checkpoint import Checkpoints, complete_steps, identity
+from megatron_distil.trainer.writer import start_write
 from tests.tiny_model import write_tiny_qwen3
 from tests.tiny_training import TinyRun
 from tests.trainer_config import trainer_config
-from tests.world import run_ranks
+from tests.world import RankFailed, run_ranks
 
 
 def config_of(*, train: dict[str, Any] | None = None, is_async: bool = True, **parallel: Any) -> Config:
@@ -276,18 +279,19 @@ def test_a_killed_writer_is_an_error_and_not_a_wait_for_ever(tmp_path: Path) -> 
     run_ranks(killed_writer, 1, write_tiny_qwen3(tmp_path / "model"), tmp_path / "c")
 
 
-def trainer_that_dies(rank: int, model: Path, folder: Path) -> None:
-    config = config_of()
-    run = TinyRun(model, config)
-    checkpoints = Checkpoints(folder, config, run.student, run.optimizer)
-    checkpoints.save(1)
-    checkpoints.wait()
-    checkpoints.save(2)
-    writers = _children()
-    for pid in writers:
-        os.kill(pid, signal.SIGSTOP)
-        os.setpgid(pid, pid)  # or the world would end it with its rank
-    (folder / "writers").write_text(" ".join(map(str, writers)))
+def trainer_that_dies(rank: int, folder: Path) -> None:
+    """Its writer waits at a pipe that nobody reads."""
+    os.mkfifo(folder / "pipe")
+    bucket = (str(folder / "pipe"), "pipe", ([], []))
+    request = SimpleNamespace(
+        async_fn=partial(print, []), async_fn_args=[rank, [bucket], None], preload_fn=None, finalize_fns=[]
+    )
+    write = start_write(lambda: request, folder, rank=rank, in_background=True)
+    (writer,) = _children()
+    os.setpgid(writer, writer)  # or the world would end it with its rank
+    (folder / "writer").write_text(str(writer))
+    time.sleep(0.5)
+    assert write.is_running()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -298,18 +302,17 @@ def _is_alive(pid: int) -> bool:
         return False
 
 
-def test_the_writer_dies_with_its_trainer_and_the_older_checkpoint_is_found(tmp_path: Path) -> None:
-    model, folder = write_tiny_qwen3(tmp_path / "model"), tmp_path / "c"
-    with pytest.raises(AssertionError, match="-9"):
-        run_ranks(trainer_that_dies, 1, model, folder)
-    writers = [int(pid) for pid in (folder / "writers").read_text().split()]
+def test_a_writer_dies_with_its_trainer(tmp_path: Path) -> None:
+    with pytest.raises(RankFailed, match="-9"):
+        run_ranks(trainer_that_dies, 1, tmp_path)
+    writer = int((tmp_path / "writer").read_text())
     deadline = time.monotonic() + 5
-    while (alive := [pid for pid in writers if _is_alive(pid)]) and time.monotonic() < deadline:
+    while is_alive := _is_alive(writer):
+        if time.monotonic() > deadline:
+            os.kill(writer, signal.SIGKILL)
+            break
         time.sleep(0.05)
-    for pid in alive:
-        os.kill(pid, signal.SIGKILL)
-    assert not alive, "the writer outlives its trainer"
-    run_ranks(loads, 1, model, folder, 1)
+    assert not is_alive, "the writer outlives its trainer"
 
 
 def restore_for_transformers(rank: int, model: Path, folder: Path, target: Path) -> None:
