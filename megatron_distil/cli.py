@@ -30,6 +30,7 @@ from megatron_distil.errors import ConfigError, DistilError, Problem
 
 EXIT_STOPPED = 130
 """The run was asked to end before its last step; the same command goes on."""
+_LOST_RANK = "the connection to another rank broke; torchrun says which one ended first"
 
 logger = logging.getLogger(__name__)
 app = typer.Typer(
@@ -200,11 +201,17 @@ def _reported(run: Path | None = None) -> Iterator[None]:
         _say("\n".join([str(error), *getattr(error, "__notes__", ())]))
         raise typer.Exit(error.exit_code) from None
     except Exception as error:  # noqa: BLE001 - a bug, on its way out of the process
-        last = "".join(traceback.format_exception_only(error)).strip()
+        last = _LOST_RANK if _is_lost_rank(error) else "".join(traceback.format_exception_only(error)).strip()
         kept = _keep_traceback(run)
         where = f"traceback: {kept}" if kept else traceback.format_exc()
         typer.echo(f"rank {_rank()}: {last}\n{where}", err=True)
         raise typer.Exit(1) from None
+
+
+def _is_lost_rank(error: Exception) -> bool:
+    """What a rank sees when another one dies in a collective; gloo tells it by a text only."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and "gloo/transport" in text and "Connection " in text
 
 
 def _say(text: str) -> None:
