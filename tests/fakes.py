@@ -31,6 +31,7 @@ class FakeServer:
     registry: Registry
     version: str = "default"
     delay_s: float = 0.0
+    load_s: float = 0.0
     faults: list[Fault] = field(default_factory=list)
     refuses: dict[str, str] = field(default_factory=dict)
     """Path -> text of the 400 that it gets."""
@@ -47,6 +48,7 @@ class FakeServer:
     is_paused: bool = False
     has_session: bool = False
     _in_flight: int = 0
+    _is_loading: bool = False
     _folder: str = ""
     _port: int = 0
     _runner: web.AppRunner | None = None
@@ -181,6 +183,11 @@ class FakeServer:
     async def _update_weights_from_disk(self, _: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         assert body["flush_cache"] is False
         assert self.is_paused
+        if self._is_loading:  # two at a time end the real server
+            await self.die()
+        self._is_loading = True
+        await asyncio.sleep(self.load_s)
+        self._is_loading = False
         self.version, self._folder = body["weight_version"], body["model_path"]
         return web.json_response({"success": True, "message": "", "num_paused_requests": 0})
 

@@ -85,17 +85,18 @@ class EnginePool:
         self._engines.clear()
         self._home.clear()
         self._refused.clear()
-        joining: set[Instance] = set()
+        joining: set[str] = set()  # names: two instances of one server must not be brought up at a time
         self._failures.clear()
         self._served_at = time.monotonic()
         async with asyncio.TaskGroup() as tasks:
             while True:
                 records = {Instance(r.name, r.gen): r for r in await asyncio.to_thread(self._registry.live, ROLE)}
                 self._engines = {key: engine for key, engine in self._engines.items() if key in records}
-                for key in records.keys() - self._engines.keys() - self._refused.keys() - joining:
-                    joining.add(key)
-                    task = tasks.create_task(self._join(key, records[key], version))
-                    task.add_done_callback(lambda _, key=key: joining.discard(key))
+                for key in records.keys() - self._engines.keys() - self._refused.keys():
+                    if key.name not in joining:
+                        joining.add(key.name)
+                        task = tasks.create_task(self._join(key, records[key], version))
+                        task.add_done_callback(lambda _, name=key.name: joining.discard(name))
                 if self._engines:
                     self._served_at = time.monotonic()
                 elif time.monotonic() - self._served_at > self._patience_s:
@@ -157,7 +158,7 @@ class EnginePool:
                     self._refused[key] = "waits for the next publication"
                     return
                 _log.info("%s, start %d: gets version %d", key.name, key.gen, version)
-                await self._admit(record, version)
+                await _whole(self._admit(record, version))
         except EngineUnavailable as error:  # it is asked again while its record lives
             self._failures[key] = str(error)
             return
@@ -190,3 +191,15 @@ class EnginePool:
             if not waiter.done():
                 waiter.set_result(None)
                 count -= 1
+
+
+async def _whole(work: Awaitable[None]) -> None:
+    """Cancelling waits for the end of ``work``: a server that loads would meet the next publication, and die of it."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()  # seen: the cancellation is what is raised
+        raise

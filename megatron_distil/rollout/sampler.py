@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import replace
 
 from megatron_distil.errors import EngineUnavailable, StaleWeightsError
 from megatron_distil.http import attempts
@@ -28,27 +27,22 @@ class GroupSampler:
 
     async def sample(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
         """``samples_per_prompt`` rollouts of each prompt, in the order of the prompts."""
-        return await self._draw(prompts, step, self._samples_per_prompt, self._spec)
-
-    async def sample_eval(
-        self, prompts: Sequence[Prompt], step: int, *, num_samples: int, temperature: float
-    ) -> list[Rollout]:
-        """As ``sample``, with the settings of an evaluation."""
-        return await self._draw(prompts, step, num_samples, replace(self._spec, temperature=temperature))
-
-    async def _draw(self, prompts: Sequence[Prompt], step: int, num_samples: int, spec: SamplingSpec) -> list[Rollout]:
-        wanted = [(prompt, RolloutId(step, prompt.prompt_id, k)) for prompt in prompts for k in range(num_samples)]
+        wanted = [
+            (prompt, RolloutId(step, prompt.prompt_id, k))
+            for prompt in prompts
+            for k in range(self._samples_per_prompt)
+        ]
         try:
             async with asyncio.TaskGroup() as tasks:
                 watch = tasks.create_task(self._pool.watch(version=step))
-                drawn = [tasks.create_task(self._one(prompt, spec, rollout_id)) for prompt, rollout_id in wanted]
+                drawn = [tasks.create_task(self._one(prompt, rollout_id)) for prompt, rollout_id in wanted]
                 rollouts = [await task for task in drawn]
                 watch.cancel()
         except BaseExceptionGroup as group:
             raise _first(group) from group
         return rollouts
 
-    async def _one(self, prompt: Prompt, spec: SamplingSpec, rollout_id: RolloutId) -> Rollout:
+    async def _one(self, prompt: Prompt, rollout_id: RolloutId) -> Rollout:
         # Waiting for the first seat is no part of the budget: a step may hold many more requests than seats.
         seat = await self._pool.take(prompt.prompt_id)
         try:
@@ -57,7 +51,7 @@ class GroupSampler:
                     key, engine = seat or await self._pool.take(prompt.prompt_id)
                     seat = None
                     try:
-                        return _fresh(await engine.generate(prompt, spec, rollout_id), engine.name)
+                        return _fresh(await engine.generate(prompt, self._spec, rollout_id), engine.name)
                     except EngineUnavailable as error:
                         self._pool.doubt(key, error)
                         raise

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist  # noqa: TID251 - the group that weights travel by
 from torch import Tensor
-from torch.distributed import TCPStore  # noqa: TID251 - as above
+from torch.distributed import TCPStore  # noqa: TID251 - as above # pyright: ignore[reportPrivateImportUsage] - public by documentation
 from torch.distributed.distributed_c10d import (  # noqa: TID251 - as above
     Backend,
     GroupName,

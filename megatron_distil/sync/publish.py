@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -33,6 +34,7 @@ from megatron_distil.sync.sink import ServedEngine, ServedInfo, WeightSink, toge
 ROLE = "rollout"
 ATTEMPTS = 3
 RETRY_PAUSE_S = 1.0
+LOCK_POLL_S = 0.2
 
 Connect = Callable[[Record], ServedEngine]
 OnFirstHead = Callable[[Callable[[], Awaitable[None]]], object]
@@ -243,6 +245,11 @@ class Admission:
         if not self.snapshots.path(version).is_dir():
             raise EngineUnavailable(f"{record.name}: there is no snapshot {self.snapshots.path(version)}")
         engine = self.connect(record)
+        async with self._alone(record.name):
+            if await engine.weights_version() != version or await engine.is_paused():
+                await self._bring_up(engine, version)
+
+    async def _bring_up(self, engine: ServedEngine, version: int) -> None:
         digests = _digests([await engine.info()])
         if digests is not None:
             for name, tensor in self.snapshots.read(version):
@@ -251,6 +258,18 @@ class Admission:
         await load([engine], self.snapshots, version)
         await _verify([engine], version, None if digests is None else digests.result(), compare=True)
         await engine.resume()
+
+    @contextlib.asynccontextmanager
+    async def _alone(self, name: str) -> AsyncIterator[None]:
+        """Against the other heads: two loads at a time end a server. A lock dies with its process."""
+        with (self.snapshots.folder / f".{name}.lock").open("w") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    await asyncio.sleep(LOCK_POLL_S)
+            yield
 
 
 class NoEngines:

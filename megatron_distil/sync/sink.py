@@ -101,6 +101,10 @@ class ServedEngine(Protocol):
         """The version that was last published to it."""
         ...
 
+    async def is_paused(self) -> bool:
+        """Whether new requests would wait."""
+        ...
+
     async def resume(self) -> None:
         """Serve again."""
         ...

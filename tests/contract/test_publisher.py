@@ -301,6 +301,22 @@ def test_a_restarted_server_is_brought_up_alone(run: Callable[..., Run]) -> None
     assert len(one.servers[0].calls) == before
 
 
+def test_two_heads_bring_a_server_up_once(run: Callable[..., Run]) -> None:
+    one = run(1)
+    one.publisher().publish(4)
+    one.runner.run(one.servers[0].restart())
+    one.servers[0].load_s = 0.3
+    one.servers[0].calls.clear()
+
+    async def both() -> None:
+        heads = [Admission(one.snapshots, one.connect) for _ in range(2)]
+        await asyncio.gather(*(head(one.servers[0].record, 4) for head in heads))
+
+    one.runner.run(both())
+    assert one.calls().count("update_weights_from_disk") == 1
+    assert not one.servers[0].is_paused
+
+
 def test_a_restarted_server_that_loads_something_else_is_not_admitted(run: Callable[..., Run]) -> None:
     one = run(1)
     one.publisher().publish(4)

@@ -69,8 +69,8 @@ def sample(count: int) -> Callable[[GroupSampler, list[FakeServer]], Awaitable[l
     return lambda sampler, _: sampler.sample(prompts(count), STEP)
 
 
-def expected_ids(count: int, samples: int = 4) -> list[RolloutId]:
-    return [RolloutId(STEP, f"p{k}", sample) for k in range(count) for sample in range(samples)]
+def expected_ids(count: int) -> list[RolloutId]:
+    return [RolloutId(STEP, f"p{k}", sample) for k in range(count) for sample in range(4)]
 
 
 def test_every_prompt_gets_its_group_in_order(tmp_path: Path) -> None:
@@ -79,14 +79,6 @@ def test_every_prompt_gets_its_group_in_order(tmp_path: Path) -> None:
     # The fake's tokens are a function of the prompt: (k + k + 1 + index) % 97.
     assert [rollout.token_ids.tolist() for rollout in rollouts[20:24]] == [[11, 12, 13, 14]] * 4
     assert rollouts[20].text == "11 12 13"
-
-
-def test_an_evaluation_has_its_own_temperature_and_count(tmp_path: Path) -> None:
-    async def work(sampler: GroupSampler, fakes: list[FakeServer]) -> list[Rollout]:
-        return await sampler.sample_eval(prompts(3), STEP, num_samples=2, temperature=0.25)
-
-    rollouts = drawn(tmp_path, 1, work)
-    assert [rollout.rollout_id for rollout in rollouts] == expected_ids(3, samples=2)
 
 
 def test_no_server_gets_more_than_its_seats_and_all_are_used(tmp_path: Path) -> None:
@@ -247,6 +239,53 @@ def test_a_restarted_server_gets_the_weights_and_the_step_goes_on(tmp_path: Path
     rollouts = drawn(tmp_path, 1, work, admit=admit)
     assert [rollout.rollout_id for rollout in rollouts] == expected_ids(3)
     assert admitted[-1] == ("engine0", 1, STEP)
+
+
+def test_the_end_of_a_step_waits_for_a_server_that_loads(tmp_path: Path) -> None:
+    """Otherwise the next publication would meet the load."""
+    done: list[int] = []
+
+    def admit(_: list[FakeServer]) -> Admit:
+        async def bring_up(record: Record, version: int) -> None:
+            done.append(0)
+            await asyncio.sleep(0.5)
+            done[-1] = version
+
+        return bring_up
+
+    async def work(sampler: GroupSampler, fakes: list[FakeServer]) -> None:
+        fakes[0].version = "default"
+        fakes[1].delay_s = 0.1
+        await sampler.sample(prompts(2), STEP)
+        assert done == [STEP]
+
+    drawn(tmp_path, 2, work, admit=admit)
+
+
+def test_two_instances_of_a_server_are_not_brought_up_at_a_time(tmp_path: Path) -> None:
+    """A restarted server answers before its new record is there."""
+    at_a_time = 0
+
+    def admit(fakes: list[FakeServer]) -> Admit:
+        async def bring_up(record: Record, version: int) -> None:
+            nonlocal at_a_time
+            at_a_time += 1
+            assert at_a_time == 1
+            await asyncio.sleep(0.5)
+            at_a_time -= 1
+            fakes[0].version = str(version)
+
+        return bring_up
+
+    async def work(sampler: GroupSampler, fakes: list[FakeServer]) -> list[Rollout]:
+        fakes[0].version = "default"
+        task = asyncio.ensure_future(sampler.sample(prompts(1), STEP))
+        await asyncio.sleep(0.2)
+        fakes[0].gen = 1
+        fakes[0].register()
+        return await task
+
+    assert len(drawn(tmp_path, 1, work, admit=admit)) == 4
 
 
 def test_a_server_that_cannot_be_admitted_is_left_out(tmp_path: Path) -> None:

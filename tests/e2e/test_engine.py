@@ -81,7 +81,7 @@ def test_a_stop_token_ends_a_response_and_is_part_of_it(real_server: RealServer,
 def test_a_step_of_many_requests_is_answered_as_a_whole(real_server: RealServer, tmp_path: Path) -> None:
     async def work(sampler: GroupSampler, _: SglangEngine) -> float:
         start = time.perf_counter()
-        rollouts = await sampler.sample_eval(prompts(32), VERSION, num_samples=8, temperature=1.0)
+        rollouts = await sampler.sample(prompts(64), VERSION)
         assert len({rollout.rollout_id for rollout in rollouts}) == 256
         return 256 / (time.perf_counter() - start)
 

@@ -60,8 +60,8 @@ class Run:
         self.models = {seed: tiny_qwen3(seed=seed, **DIMS) for seed in (0, 1)}
         self.student = 0
         admission = Admission(self.snapshots, self.connect)
-        pool = EnginePool(self.registry, self.connect, admit=admission, concurrency=64, patience_s=400.0)
-        self.sampler = GroupSampler(pool, SPEC, samples_per_prompt=2, budget_s=400.0)
+        self.pool = EnginePool(self.registry, self.connect, admit=admission, concurrency=64, patience_s=400.0)
+        self.sampler = GroupSampler(self.pool, SPEC, samples_per_prompt=2, budget_s=400.0)
 
     def weights(self) -> dict[str, Tensor]:
         return dict(self.models[self.student].state_dict())
@@ -178,7 +178,8 @@ def test_a_server_killed_in_the_middle_of_a_step_comes_back_alone(run: Run) -> N
     given = prompts(8)
 
     async def step() -> list[Rollout]:
-        task = asyncio.ensure_future(run.sampler.sample_eval(given, 5, num_samples=8, temperature=1.0))
+        many = GroupSampler(run.pool, SPEC, samples_per_prompt=8, budget_s=400.0)
+        task = asyncio.ensure_future(many.sample(given, 5))
         await asyncio.sleep(0.15)
         run.server.kill()
         run.server.start()
