@@ -13,6 +13,9 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+EXIT_STOPPED = 130
+"""As in ``megatron_distil.cli``."""
+
 
 def main(arguments: list[str]) -> int:
     """Start the ranks and wait for them."""
@@ -22,6 +25,8 @@ def main(arguments: list[str]) -> int:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode
+        if code == EXIT_STOPPED:  # every rank does, after it has saved
+            return code
         how = f"ended with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
         print(f"rank {rank} {how}, before all others; the others were ended", file=sys.stderr)
         return code if code >= 0 else 128 - code
