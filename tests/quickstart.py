@@ -98,8 +98,8 @@ class Launched:
         self.until(path.exists, f"step {step} is sampled")
 
     def pids(self) -> set[int]:
-        """Every process of the run: below the supervisor, or with the run directory in command line or environment."""
-        return (_descendants(self.process.pid) | _mentioning(self.run)) - {self.process.pid}
+        """Every process of the run, but the supervisor."""
+        return (_descendants(self.process.pid) | _marked(self.run)) - {self.process.pid}
 
     def rank_pid(self, rank: int) -> int:
         """The trainer process of a rank."""
@@ -166,7 +166,7 @@ def warm_start(recipe: str, *settings: str) -> Base:
     places = Places(run=str(folder), cwd=str(ROOT), server_python=str(SERVER_PYTHON))
     plan = quickstart_plan(recipe, places, warm_start=settings)
     with launched(replace(plan, jobs=plan.jobs[:2], services=()), folder) as running:
-        assert running.wait() == 0, running.text()[-3000:]
+        assert running.wait(3 * START_S) == 0, running.text()[-3000:]
     return Base(recipe, folder, settings)
 
 
@@ -214,7 +214,7 @@ def _started(command: Sequence[str], run: Path) -> Iterator[Launched]:
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "DISTIL_SERVER_PYTHON": str(SERVER_PYTHON),
-        "TMPDIR": str(temporary),  # also marks every process of the run: the sandbox gets it too
+        "TMPDIR": str(temporary),  # also marks every process of the run: the sandbox gets it as well
     }
     output = run / "terminal.log"
     with output.open("ab") as file:
@@ -223,7 +223,7 @@ def _started(command: Sequence[str], run: Path) -> Iterator[Launched]:
     try:
         yield running
     finally:
-        left = running.pids() if process.poll() is None else _mentioning(run)
+        left = running.pids() if process.poll() is None else _marked(run)
         process.kill()
         process.wait()
         for pid in left:
@@ -251,9 +251,7 @@ def _descendants(root: int) -> set[int]:
     return found - {root}
 
 
-def _mentioning(run: Path) -> set[int]:
-    words = str(run).encode()
-    own = os.getpid()
-    return {
-        pid for pid in _all_pids() if pid != own and any(words in _proc(pid, name) for name in ("cmdline", "environ"))
-    }
+def _marked(run: Path) -> set[int]:
+    """Whose temporary files are the run's: everything that was started for it, wherever it hangs in the tree."""
+    mark = f"TMPDIR={run / 'tmp'}".encode()
+    return {pid for pid in _all_pids() if mark in _proc(pid, "environ").split(b"\0")}
