@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -36,6 +36,8 @@ from tests.supervised import eventually, is_alive
 ROOT = Path(__file__).resolve().parents[1]
 START_S = 240.0
 """A server, on a machine that does something else as well."""
+QUICK_STEPS = 8
+QUICK_SETTINGS = (f"train.num_steps={QUICK_STEPS}", f"eval.every_steps={QUICK_STEPS}", "checkpoint.every_steps=4")
 
 Edit = Callable[[Job], Job]
 
@@ -57,6 +59,14 @@ class Base:
     def untrained(self) -> Path:
         """What servers start with."""
         return self.folder / "data" / "model"
+
+
+class Quickstart(NamedTuple):
+    """A finished one."""
+
+    run: Path
+    terminal: str
+    """What its user saw."""
 
 
 class Launched:
@@ -125,20 +135,6 @@ def launched(plan: JobPlan, run: Path) -> Iterator[Launched]:
         yield running
 
 
-@contextmanager
-def launched_quickstart(base: Base, *settings: str) -> Iterator[Launched]:
-    """``tools/quickstart`` in the folder of its warm start; what an earlier session trained there is removed."""
-    for path in base.folder.iterdir():
-        if path.is_dir() and path.name not in ("data", "base", "sft", "done"):
-            shutil.rmtree(path)
-        elif path.is_file():
-            path.unlink()
-    words = [f"--warm-start={setting}" for setting in base.settings]
-    command = [sys.executable, "-m", "launchers.quickstart", base.recipe, *settings]
-    with _started([*command, "--out", str(base.folder), *words], base.folder) as running:
-        yield running
-
-
 def train_plan(
     base: Base, run: Path, settings: Sequence[str], *, replay: Path | None = None, edit: Edit = lambda job: job
 ) -> JobPlan:
@@ -173,6 +169,22 @@ def warm_start(recipe: str, *settings: str) -> Base:
 def induction() -> Base:
     """Program induction, after half of its warm start."""
     return warm_start("program_induction", "train.num_steps=150")
+
+
+@functools.cache
+def finished_quickstart() -> Quickstart:
+    """``tools/quickstart`` of program induction, shortened; run when it is first asked for."""
+    base = induction()
+    for path in base.folder.iterdir():  # what an earlier session trained there
+        if path.is_dir() and path.name not in ("data", "base", "sft", "done"):
+            shutil.rmtree(path)
+        elif path.is_file():
+            path.unlink()
+    words = [f"--warm-start={setting}" for setting in base.settings]
+    command = [sys.executable, "-m", "launchers.quickstart", base.recipe, *QUICK_SETTINGS]
+    with _started([*command, "--out", str(base.folder), *words], base.folder) as running:
+        assert running.wait(3 * START_S) == 0, running.text()[-3000:]
+        return Quickstart(base.folder, running.text())
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

@@ -14,23 +14,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_distil.data.rollout_log import LoggedStep, read_step_file
-from tests.quickstart import START_S, induction, launched_quickstart, metrics, values
-
-STEPS = 8
-SETTINGS = (f"train.num_steps={STEPS}", f"eval.every_steps={STEPS}", "checkpoint.every_steps=4")
+from tests.quickstart import QUICK_STEPS as STEPS
+from tests.quickstart import finished_quickstart, metrics, values
 
 
 @pytest.fixture(scope="module")
-def terminal() -> str:
-    """What a user sees."""
-    with launched_quickstart(induction(), *SETTINGS) as running:
-        assert running.wait(2 * START_S) == 0, running.text()[-3000:]
-        return running.text()
-
-
-@pytest.fixture(scope="module")
-def run(terminal) -> Path:
-    return induction().folder
+def run() -> Path:
+    return finished_quickstart().run
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +88,8 @@ def test_the_exported_model_is_the_last_one_and_solves_what_the_warm_start_could
     assert chance["hf"] > 0.5
 
 
-def test_everything_that_a_run_leaves_is_there(run, terminal):
+def test_everything_that_a_run_leaves_is_there(run):
+    terminal = finished_quickstart().terminal
     assert [row["step"] for row in metrics(run) if "loss/ce_nats" in row] == list(range(STEPS))
     for name in ("config.json", "versions.json", "samples.jsonl", "hf/tokenizer.json", "hf/config.json"):
         assert (run / name).stat().st_size > 0, name
