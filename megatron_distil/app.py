@@ -156,7 +156,8 @@ class Run:
             checkpoints=Checkpoints(self.options.run / "checkpoints", config, self.student, optimizer),
             every_steps=config.checkpoint.every_steps,
         )
-        self.snapshots = Snapshots(self.options.run / "weights", self.model) if config.sync.snapshot else None
+        needs_files = config.sync.snapshot or config.sync.sink == "disk"
+        self.snapshots = Snapshots(self.options.run / "weights", self.model) if needs_files else None
 
     def close(self) -> None:
         """Not collective."""
@@ -197,7 +198,7 @@ class Run:
             self.registry,
             self._connect,
             admit=admit,
-            concurrency=self.config.rollout.concurrency,
+            concurrency=max(1, self.config.rollout.concurrency // self.groups.dp_size),
             patience_s=self.config.rollout.budget_s,
         )
 
@@ -216,10 +217,10 @@ class Run:
         if self.options.replay is not None:
             return NoEngines()
         sync = self.config.sync
-        if sync.sink == "broadcast":
-            sink = BroadcastSink(sync.timeout_s)
+        if self.snapshots is not None and sync.sink == "disk":
+            sink = DiskSink(self.snapshots)
         else:
-            sink = DiskSink(self.snapshots or Snapshots(self.options.run / "weights", self.model))
+            sink = BroadcastSink(sync.timeout_s)
         specs = manifest(self.student.dims, self.student.transformer.params_dtype)
         publisher = Publisher(
             registry=self.registry,
