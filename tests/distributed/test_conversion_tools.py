@@ -1,7 +1,6 @@
 """tools/export and tools/import, as they are called."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def call(tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)]
+    command = [str(ROOT / "tools" / tool), *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=None, capture_output=True, text=True, timeout=120, check=False)
 
 
