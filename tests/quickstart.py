@@ -31,6 +31,7 @@ from launchers.quickstart import data_overrides, quickstart_plan
 from megatron_distil.config.load import load_config
 from megatron_distil.registry import Registry
 from tests.server import PYTHON as SERVER_PYTHON
+from tests.server import skip_without_server
 from tests.supervised import eventually, is_alive
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -151,8 +152,7 @@ def train_plan(
 @functools.cache
 def warm_start(recipe: str, *settings: str) -> Base:
     """Made when it is first asked for."""
-    if not SERVER_PYTHON.exists():
-        pytest.skip(f"no server environment at {SERVER_PYTHON}; set MEGATRON_DISTIL_SERVER_PYTHON")
+    skip_without_server()
     kept = os.environ.get("DISTIL_TEST_WARM_STARTS")
     if kept is None:
         folder = Path(tempfile.mkdtemp(prefix=f"{recipe}-"))

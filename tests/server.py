@@ -29,7 +29,8 @@ from megatron_distil.types import Prompt, Rollout
 from tests.tiny_model import write_tiny_qwen3
 
 ROOT = Path(__file__).resolve().parents[1]
-PYTHON = Path(os.environ.get("MEGATRON_DISTIL_SERVER_PYTHON", "~/.cache/proto/server/bin/python")).expanduser()
+PYTHON = Path(os.environ.get("DISTIL_SERVER_PYTHON") or "no-server-environment")
+"""``tools/test`` makes the environment and sets the variable."""
 DIMS = {"vocab_size": 300, "num_hidden_layers": 2}
 """300 rows are padded to 320 by the server."""
 START_TIMEOUT_S = 400.0
@@ -114,11 +115,16 @@ def _server() -> RealServer:
     return server
 
 
+def skip_without_server() -> None:
+    """A plain ``pytest`` has no server; ``tools/test`` has one."""
+    if not PYTHON.exists():
+        pytest.skip("needs server: DISTIL_SERVER_PYTHON names no interpreter; run tools/test")
+
+
 @pytest.fixture
 def real_server() -> RealServer:
     """The server of this process, healthy; whatever an earlier test did to it."""
-    if not PYTHON.exists():
-        pytest.skip(f"no server environment at {PYTHON}; set MEGATRON_DISTIL_SERVER_PYTHON")
+    skip_without_server()
     server = _server()
     if server.process is not None and server.process.poll() is not None:
         server.start()
