@@ -139,7 +139,9 @@ def test_a_killed_rank_ends_the_command_with_one_message(story):
     end = story.texts[0].partition("rank 1 was killed by SIGKILL")
     assert end[1], story.texts[0][-2000:]
     assert "train was killed by SIGKILL" in end[2]
-    assert "rank 0: the connection to another rank broke" in story.texts[0]
+    # torchrun ends the others at once: what rank 0 has seen of it, it says in one line, if it lives long enough
+    told = [line for line in end[0].splitlines() if line.startswith("rank 0")]
+    assert told in ([], ["rank 0: the connection to another rank broke; torchrun says which one ended first"])
     assert "Traceback" not in story.texts[0]
     assert "gloo" not in story.texts[0]
 
