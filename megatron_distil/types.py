@@ -195,6 +195,8 @@ class Targets:
     """[R, K] nats, normalised over the whole vocabulary; -inf in unused slots."""
     entropy: Floats
     """[R] nats, over the whole vocabulary."""
+    sampled: Floats
+    """[R] nats, at the token that was sampled, inside or outside the support."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,12 +229,20 @@ class Microbatch:
     """[T] float32, 0 unless the objective needs rewards."""
     sampling_logprobs: Tensor
     """[T] float32, of the engine that sampled; 0 outside the mask."""
+    old_logprobs: Tensor | None = None
+    """[T] float32, of the trainer before the first update of the step; None: this is the first."""
+    baseline: Tensor | None = None
+    """[T] float32, what is taken off the credit; None: nothing."""
+    group_ids: Tensor
+    """[S] int64, equal for rollouts of one prompt of the step; -1 where there is no rollout."""
     support_ids: Tensor
     """[T, K] int64, -1 in unused slots; K = 0 without a teacher."""
     teacher_logprobs: Tensor
     """[T, K] float32, -inf in unused slots."""
     teacher_entropy: Tensor
     """[T] float32, whole vocabulary."""
+    teacher_sampled: Tensor
+    """[T] float32, the teacher at the sampled id."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

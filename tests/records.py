@@ -75,4 +75,9 @@ def targets(tokens: int) -> Targets:
     ids = np.stack([np.arange(tokens), np.full(tokens, 9), np.full(tokens, -1)], axis=1).astype(np.int32)
     logprobs = np.tile(np.log([0.5, 0.25, 1.0]), (tokens, 1)).astype(np.float32)
     logprobs[:, 2] = -np.inf
-    return Targets(support_ids=ids, logprobs=logprobs, entropy=np.full(tokens, 1.25, dtype=np.float32))
+    return Targets(
+        support_ids=ids,
+        logprobs=logprobs,
+        entropy=np.full(tokens, 1.25, dtype=np.float32),
+        sampled=np.full(tokens, -2.5, dtype=np.float32),
+    )

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from megatron_distil import algo
-from megatron_distil.algo.objectives.objective import Objective, Tokens
+from megatron_distil.algo.objectives.objective import Objective
 from megatron_distil.types import (
     Example,
     Feedback,
@@ -20,6 +20,7 @@ from megatron_distil.types import (
     Targets,
     TeacherContext,
 )
+from tests.tokens import tokens_of
 
 VOCAB, K = 256, 6
 PROMPTS, SAMPLES = 4, 3
@@ -81,7 +82,9 @@ def random_targets(examples: list[Example]) -> list[Targets | None]:
         top = algo.top_k(logits, K)
         ids, logprobs = top.ids.int().numpy(), top.logprobs.numpy()
         ids[::4, K // 2 :], logprobs[::4, K // 2 :] = -1, -np.inf
-        targets = Targets(support_ids=ids, logprobs=logprobs, entropy=top.entropy.numpy())
+        response = torch.from_numpy(example.rollout.token_ids).long()
+        sampled = logits.log_softmax(-1).gather(-1, response[:, None])[:, 0]
+        targets = Targets(support_ids=ids, logprobs=logprobs, entropy=top.entropy.numpy(), sampled=sampled.numpy())
         found.append(targets if example.context is not None else None)
     return found
 
@@ -137,12 +140,14 @@ def sequence_loss(
     logits = response_logits(hf, example.prompt.token_ids, response) / temperature
     length = len(response)
     support = torch.zeros(length, 0, dtype=torch.int64)
-    logprobs = torch.zeros(length, 0)
+    logprobs, teacher_sampled = torch.zeros(length, 0), torch.zeros(length)
     if target is not None:
         support, logprobs = torch.from_numpy(target.support_ids).long(), torch.from_numpy(target.logprobs)
-    tokens = Tokens(
-        student=algo.columns(logits, support, torch.from_numpy(response).long()),
-        teacher_logprobs=logprobs,
+        teacher_sampled = torch.from_numpy(target.sampled)
+    tokens = tokens_of(
+        algo.columns(logits, support, torch.from_numpy(response).long()),
+        logprobs,
+        teacher_sampled=teacher_sampled,
         sampling_logprobs=torch.from_numpy(example.rollout.logprobs),
         advantages=torch.full((length,), advantage),
         weights=torch.full((length,), weight),

@@ -167,6 +167,8 @@ class TrainConfig(Section):
     """Shard the optimizer's state over the replicas."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Which activations are computed again in the backward."""
+    head: Literal["auto", "onepass", "composable", "plain"] = "auto"
+    """How hidden states become the loss (``docs/head.md``): gradients inside the forward; without kept logits; with logits."""
     collect_timeout_s: Seconds = 3600.0
     """How long the other ranks wait for the head of a replica."""
     collective_timeout_s: Seconds = 600.0

@@ -64,6 +64,8 @@ class Row:
     advantage: float
     sampling_logprobs: Floats
     targets: Targets | None
+    group_id: int = -1
+    """Equal for rollouts of one prompt of the step."""
 
     @property
     def length(self) -> int:
@@ -92,11 +94,17 @@ class BatchPacker:
         """One batch per optimizer step, in order. Collective over dp: the denominators are global."""
         mine = [(e.prompt.prompt_id, e.feedback.reward) for e in examples]
         everyone = [entry for part in self._gather(mine) for entry in part]
+        group_by_prompt = {prompt: index for index, prompt in enumerate(dict.fromkeys(p for p, _ in everyone))}
         update_by_prompt = split_prompts([prompt for prompt, _ in everyone], self._num_updates, (self._seed, step))
         advantage_by_entry = self._advantages(everyone)
         rows = [
             [
-                self._row(e, t, advantage_by_entry.get((e.prompt.prompt_id, e.feedback.reward), 0.0))
+                self._row(
+                    e,
+                    t,
+                    advantage_by_entry.get((e.prompt.prompt_id, e.feedback.reward), 0.0),
+                    group_by_prompt[e.prompt.prompt_id],
+                )
                 for e, t in zip(examples, targets, strict=True)
                 if update_by_prompt[e.prompt.prompt_id] == update
             ]
@@ -159,7 +167,7 @@ class BatchPacker:
         )
         return dict(zip(judged, advantages.tolist(), strict=True))
 
-    def _row(self, example: Example, targets: Targets | None, advantage: float) -> Row:
+    def _row(self, example: Example, targets: Targets | None, advantage: float, group_id: int) -> Row:
         has_verdict = example.feedback.reward is not None
         return Row(
             name=f"rollout {example.rollout.rollout_id}",
@@ -170,6 +178,7 @@ class BatchPacker:
             advantage=advantage,
             sampling_logprobs=example.rollout.logprobs,
             targets=targets,
+            group_id=group_id,
         )
 
     def _share(self, rows: Sequence[Row]) -> float:
@@ -265,8 +274,8 @@ def pack(rows: Sequence[Row], weights: Sequence[float], support: int, align: Ali
     token_ids, sampled_ids = np.zeros(total, dtype=np.int64), np.zeros(total, dtype=np.int64)
     segment_ids = np.full(total, -1, dtype=np.int32)
     response_mask = np.zeros(total, dtype=np.bool_)
-    floats = np.zeros((4, total), dtype=np.float32)
-    loss_weights, advantages, sampling_logprobs, entropy = floats
+    floats = np.zeros((5, total), dtype=np.float32)
+    loss_weights, advantages, sampling_logprobs, entropy, teacher_sampled = floats
     support_ids = np.full((total, support), -1, dtype=np.int64)
     teacher_logprobs = np.full((total, support), -np.inf, dtype=np.float32)
     for index, (row, weight, start) in enumerate(zip(rows, weights, starts[: len(rows)].tolist(), strict=True)):
@@ -284,6 +293,7 @@ def pack(rows: Sequence[Row], weights: Sequence[float], support: int, align: Ali
             support_ids[predicting, :width] = row.targets.support_ids
             teacher_logprobs[predicting, :width] = row.targets.logprobs
             entropy[predicting] = row.targets.entropy
+            teacher_sampled[predicting] = row.targets.sampled
     positions = np.arange(total) - np.repeat(starts[:-1], np.diff(starts))
     return Microbatch(
         token_ids=torch.from_numpy(token_ids),
@@ -295,9 +305,11 @@ def pack(rows: Sequence[Row], weights: Sequence[float], support: int, align: Ali
         loss_weights=torch.from_numpy(loss_weights),
         advantages=torch.from_numpy(advantages),
         sampling_logprobs=torch.from_numpy(sampling_logprobs),
+        group_ids=torch.tensor([row.group_id for row in rows] or [-1], dtype=torch.int64),
         support_ids=torch.from_numpy(support_ids),
         teacher_logprobs=torch.from_numpy(teacher_logprobs),
         teacher_entropy=torch.from_numpy(entropy),
+        teacher_sampled=torch.from_numpy(teacher_sampled),
     )
 
 

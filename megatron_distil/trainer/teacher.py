@@ -242,6 +242,7 @@ def _targets(bits: np.ndarray) -> Targets:
         support_ids=np.ascontiguousarray(bits[:, :k]),
         logprobs=np.ascontiguousarray(floats[:, :k]),
         entropy=np.ascontiguousarray(floats[:, k]),
+        sampled=np.zeros(len(bits), dtype=np.float32),
     )
 
 

@@ -176,8 +176,11 @@ class Updater:
         tokens = Tokens(
             student=student,
             teacher_logprobs=at_rows(microbatch.teacher_logprobs),
+            teacher_sampled=at_rows(microbatch.teacher_sampled),
             sampling_logprobs=at_rows(microbatch.sampling_logprobs),
+            old_logprobs=student.sampled.detach(),
             advantages=at_rows(microbatch.advantages),
+            baseline=rows.new_zeros(len(rows)),
             weights=at_rows(microbatch.loss_weights),
         )
         terms = self._objective.terms(tokens, _credit_scan(microbatch, placed))

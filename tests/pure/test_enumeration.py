@@ -7,7 +7,7 @@ import torch
 
 from megatron_distil import algo
 from megatron_distil.algo.objectives import objective_from_table
-from megatron_distil.algo.objectives.objective import Tokens
+from tests.tokens import tokens_of
 
 V, H, EOS = 3, 4, 2
 
@@ -66,13 +66,7 @@ def surrogate_gradient(objective, tail, spoil=None):
                 return spoil(cost)
             return algo.future_credit(cost, mask, segments, mean=mean, discount=discount)
 
-        tokens = Tokens(
-            student=algo.columns(logits[at], top.ids[at], actions),
-            teacher_logprobs=top.logprobs[at],
-            sampling_logprobs=sampled,
-            advantages=torch.zeros(len(at)),
-            weights=torch.ones(len(at), dtype=torch.float64),
-        )
+        tokens = tokens_of(algo.columns(logits[at], top.ids[at], actions), top.logprobs[at], sampling_logprobs=sampled)
         terms = objective.terms(tokens, future)
         total = total + sampled.sum().exp() * (terms.imitation + terms.credit)
     total.backward()
@@ -116,12 +110,10 @@ def test_the_gradient_vanishes_under_the_kl_cost_where_teacher_and_student_agree
     same = algo.top_k(POLICY, 2)
     logits = POLICY.clone().requires_grad_()
     actions = POLICY.argmin(-1)
-    tokens = Tokens(
-        student=algo.columns(logits, same.ids, actions),
-        teacher_logprobs=same.logprobs,
+    tokens = tokens_of(
+        algo.columns(logits, same.ids, actions),
+        same.logprobs,
         sampling_logprobs=POLICY.log_softmax(-1).gather(-1, actions[:, None])[:, 0],
-        advantages=torch.zeros(len(INDEX)),
-        weights=torch.ones(len(INDEX), dtype=torch.float64),
     )
 
     def future(cost, *, mean, discount):

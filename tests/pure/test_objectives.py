@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from megatron_distil import algo
 from megatron_distil.algo.objectives import objective_from_table, objective_names
-from megatron_distil.algo.objectives.objective import Tokens
+from tests.tokens import tokens_of
 
 T, VOCAB, K = 12, 9, 4
 
@@ -22,9 +22,9 @@ def case(sampling_gap=0.0, advantages=None):
     sampled = torch.randint(0, VOCAB, (T,), generator=draw)
     student = algo.columns(logits, top.ids, sampled)
     weights = (torch.rand(T, generator=draw, dtype=torch.float64) < 0.8) / T
-    tokens = Tokens(
-        student=student,
-        teacher_logprobs=top.logprobs,
+    tokens = tokens_of(
+        student,
+        top.logprobs,
         sampling_logprobs=student.sampled.detach() + sampling_gap,
         advantages=torch.zeros(T) if advantages is None else advantages,
         weights=weights,

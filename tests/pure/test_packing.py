@@ -75,6 +75,7 @@ def target(example_, width=2):
         support_ids=np.arange(r * width, dtype=np.int32).reshape(r, width),
         logprobs=np.full((r, width), -1.5, dtype=np.float32),
         entropy=np.arange(r, dtype=np.float32),
+        sampled=np.arange(r, dtype=np.float32) - 9.0,
     )
 
 
@@ -91,6 +92,7 @@ def test_every_vector_lies_where_the_token_before_is_read():
     assert microbatch.support_ids.tolist() == [[-1, -1], [0, 1], [2, 3], [4, 5], [-1, -1]]
     assert microbatch.teacher_logprobs[:, 0].tolist() == [-np.inf, -1.5, -1.5, -1.5, -np.inf]
     assert microbatch.teacher_entropy.tolist() == [0.0, 0.0, 1.0, 2.0, 0.0]
+    assert microbatch.teacher_sampled.tolist() == [0.0, -9.0, -8.0, -7.0, 0.0]
     torch.testing.assert_close(microbatch.loss_weights, torch.tensor([0, 1, 1, 1, 0]) / 3)
     assert microbatch.positions.tolist() == [0, 1, 2, 3, 4]
     assert microbatch.cu_seqlens.tolist() == [0, 5]
@@ -104,6 +106,7 @@ def test_sequences_share_a_row_and_restart_in_it():
     assert row.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
     assert row.segment_ids.tolist() == [0, 0, 0, 0, 0, 1, 1, 1]
     assert row.cu_seqlens.tolist() == [0, 5, 8]
+    assert row.group_ids.tolist() == [0, 0]
     assert batch.denominator == 4
 
 

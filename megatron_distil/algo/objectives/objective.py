@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from megatron_distil import algo
@@ -19,10 +21,16 @@ class Tokens(NamedTuple):
     """Carries gradient; K = 0 without a teacher."""
     teacher_logprobs: Tensor
     """[T, K] at the support, -inf in unused slots; constant."""
+    teacher_sampled: Tensor
+    """[T] the teacher at the sampled id, inside or outside the support; constant."""
     sampling_logprobs: Tensor
     """[T] of the engine that sampled; constant."""
+    old_logprobs: Tensor
+    """[T] of the sampled id under the trainer before the first update of the step; constant. One update: ``student.sampled``."""
     advantages: Tensor
     """[T] 0 unless the objective needs rewards; constant."""
+    baseline: Tensor
+    """[T] what is taken off the credit; 0 unless the objective asks for one; constant."""
     weights: Tensor
     """[T] 0 outside the loss; the reduction and the denominator are in here."""
 
@@ -41,6 +49,8 @@ class Objective(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
     needs_teacher: ClassVar[bool] = True
+    needs_support: ClassVar[bool] = True
+    """Whether it reads the teacher at a support; if not, only at the sampled id (K = 0)."""
     needs_rewards: ClassVar[bool] = False
     reads_samples: ClassVar[bool] = True
     """Whether the tokens were drawn by an engine, which said how probable it found them."""
@@ -59,6 +69,31 @@ class Objective(BaseModel):
 
         Returns:
             The terms; their ``counts`` are sums over the tokens of the loss, under the names of metrics.
+        """
+        raise NotImplementedError
+
+    @property
+    def needs_baseline(self) -> bool:
+        """Whether the credit of a step has to be known before its first update."""
+        return False
+
+    def credit(self, tokens: Tokens, future: Future) -> Tensor:
+        """What each token answers for, before a baseline is taken off; asked only where one is needed.
+
+        Returns:
+            [T] without gradient.
+        """
+        raise NotImplementedError
+
+    def baselines(self, credits: Sequence[Tensor], group_ids: Sequence[int]) -> list[Tensor]:
+        """What is taken off the credit of each rollout; asked only where a baseline is needed.
+
+        Args:
+            credits: [R] of every rollout of the step that carries a loss.
+            group_ids: equal for the rollouts of one prompt.
+
+        Returns:
+            [R] of each rollout; constant, and no function of its own credit.
         """
         raise NotImplementedError
 
