@@ -8,7 +8,6 @@ from megatron_distil import algo
 from megatron_distil.algo.vocabulary import Columns
 from megatron_distil.trainer.head import columns as head_columns
 from megatron_distil.trainer.head.columns import VocabShard, columns
-from megatron_distil.trainer.head.topk import Voice, at_ids, top_k
 from tests.world import run_ranks
 
 ROWS, HIDDEN, VOCAB, PADDED, K = 37, 12, 61, 64, 7
@@ -93,41 +92,8 @@ def _no_rows_case(rank):
     got = columns(rows, part, torch.zeros(0, K, dtype=torch.int64), none, shard, temperature=1.0)
     (got.sampled.sum() + got.tail.sum() + got.support.sum()).backward()
     assert (part.grad == 0).all()
-    assert top_k([Voice(rows, part, 1.0)], K, shard, temperature=1.0).ids.shape == (0, K)
 
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_no_rows_are_a_loss_of_zero_with_a_backward(tp):
     run_ranks(_no_rows_case, tp)
-
-
-def _topk_case(rank, *, k, vocab, has_ties, chunk_bytes):
-    head_columns.CHUNK_BYTES = chunk_bytes
-    size = dist.get_world_size()
-    rows, weight, *_ = problem(vocab, dtype=torch.float32)
-    other, other_weight = rows.flip(0) * 1.1, weight.flip(0)
-    if has_ties:
-        rows, weight, other, other_weight = (x.round() for x in (rows, weight, other, other_weight))
-    per_rank = PADDED // size
-    mine = slice(rank * per_rank, (rank + 1) * per_rank)
-    shard = VocabShard.of(dist.group.WORLD, vocab_size=vocab, rows=per_rank)
-    voices = [Voice(rows, weight[mine], 0.75), Voice(other, other_weight[mine], 0.25)]
-    logits = 0.75 * (rows @ weight[:vocab].t()) + 0.25 * (other @ other_weight[:vocab].t())
-    got, want = top_k(voices, k, shard, temperature=1.0), algo.top_k(logits, k)
-    assert torch.equal(got.ids, want.ids)
-    torch.testing.assert_close(got.logprobs, want.logprobs, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(got.entropy, want.entropy, rtol=1e-5, atol=1e-5)
-    ids = torch.arange(vocab).roll(5)[:k].expand(ROWS, k)
-    here = at_ids(voices, ids, shard, temperature=1.0)
-    torch.testing.assert_close(here.logprobs, logits.log_softmax(-1).gather(-1, ids), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(here.entropy, want.entropy, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("tp", [1, 2, 4])
-@pytest.mark.parametrize(
-    ("k", "vocab", "has_ties", "chunk_bytes"),
-    [(7, VOCAB, False, 2**30), (7, VOCAB, True, 640), (20, 20, True, 2**30)],
-    ids=["values", "ties and chunks", "whole vocabulary"],
-)
-def test_top_k_is_exact_and_gives_ties_to_the_smaller_id(tp, k, vocab, has_ties, chunk_bytes):
-    run_ranks(_topk_case, tp, k=k, vocab=vocab, has_ties=has_ties, chunk_bytes=chunk_bytes)
