@@ -34,8 +34,18 @@ RENAMED: Mapping[str, str] = {
 """Settings under names that people know from elsewhere or from an earlier version: refused, with the name that works."""
 
 
+class Assignment(NamedTuple):
+    """An override, read."""
+
+    path: str
+    value: Any
+
+
 def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration that a recipe and its overrides describe.
+
+    ``objective.name=...`` as an override keeps of the recipe's ``[objective]`` what the new objective has too: the rest
+    described another method. What an override says is never dropped.
 
     Args:
         recipe: a TOML file, or the name of one in ``launchers/recipes`` without its ending.
@@ -45,7 +55,11 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: with all problems of the first pass that finds any.
     """
     table = read_recipe(recipe)
-    problems = [problem for override in overrides if (problem := _apply(table, override)) is not None]
+    read = [_assignment(override) for override in overrides]
+    assignments = [one for one in read if isinstance(one, Assignment)]
+    problems = [one for one in read if isinstance(one, Problem)]
+    _fit_objective(table, assignments)
+    problems += [problem for one in assignments if (problem := _assign(table, one)) is not None]
     return config_from_table(table, problems)
 
 
@@ -97,21 +111,35 @@ def _recipe_path(recipe: str | Path) -> Path:
     raise ConfigError([Problem("recipe", str(recipe), "no such file, and no recipe of that name", hint)])
 
 
-def _apply(table: dict[str, Any], override: str) -> Problem | None:
+def _assignment(override: str) -> Assignment | Problem:
     path, equals, text = override.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
+    path = path.strip()
+    if not equals or not all(path.split(".")):
         return Problem("override", override, "must be path=value", "For example train.num_steps=100.")
     value = _toml_value(text.strip())
-    if isinstance(value, Problem):
-        return value._replace(path=path.strip())
+    return value._replace(path=path) if isinstance(value, Problem) else Assignment(path, value)
+
+
+def _assign(table: dict[str, Any], assignment: Assignment) -> Problem | None:
+    path, value = assignment
+    keys = path.split(".")
     for depth, key in enumerate(keys[:-1], start=1):
         child = table.setdefault(key, {})
         if not isinstance(child, dict):
-            return Problem(path.strip(), value, f"{'.'.join(keys[:depth])} is no table, it is {child!r}")
+            return Problem(path, value, f"{'.'.join(keys[:depth])} is no table, it is {child!r}")
         table = child
     table[keys[-1]] = value
     return None
+
+
+def _fit_objective(table: dict[str, Any], assignments: Sequence[Assignment]) -> None:
+    """Take out of ``[objective]`` what only the objective of the recipe has, when an override names another one."""
+    objective = table.get("objective")
+    new = next((value for path, value in reversed(assignments) if path == "objective.name"), None)
+    names = objective_names()
+    if isinstance(objective, dict) and objective.get("name") in names and new in names:
+        gone = objective_class(objective["name"]).model_fields.keys() - objective_class(new).model_fields.keys()
+        table["objective"] = {key: value for key, value in objective.items() if key not in gone}
 
 
 def _toml_value(text: str) -> Any:

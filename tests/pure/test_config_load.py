@@ -69,6 +69,27 @@ def test_a_table_as_override_replaces_the_whole_table(recipe: Path):
     assert config.objective.name == "grpo"
 
 
+def test_another_objective_keeps_of_the_recipe_what_it_has_too(tmp_path: Path):
+    path = write_recipe(tmp_path, RECIPE.replace('future = "sum"', 'future = "sum"\nreduction = "seq-mean-token-sum"'))
+    before, after = load_config(path), load_config(path, ["objective.clip_low=0.1", "objective.name=grpo"])
+    assert after.objective.model_dump() == {
+        **load_config(path, ['objective={name="grpo"}']).objective.model_dump(),
+        "clip_low": 0.1,
+        "reduction": "seq-mean-token-sum",
+    }
+    assert before.model_dump(exclude={"objective"}) == after.model_dump(exclude={"objective"})
+
+
+def test_only_what_the_recipe_says_of_its_own_method_is_dropped_for_another_one(tmp_path: Path):
+    path = write_recipe(tmp_path, RECIPE.replace("future =", "futur ="))
+    said = lines(path, "objective.name=grpo", "objective.cost=kl", "objective.tail=none")
+    assert [line.partition(". ")[0] for line in said] == [
+        "objective.futur = 'sum': not a setting",
+        "objective.cost = 'kl': not a setting",
+        "objective.tail = 'none': not a setting",
+    ]
+
+
 def test_lists_become_tuples(recipe: Path):
     config = load_config(recipe, ['eval.sets=[{data="a"}]'])
     assert isinstance(config.eval.sets, tuple)

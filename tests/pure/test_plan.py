@@ -139,6 +139,11 @@ def test_a_quickstart_overrides_last_what_its_user_says_last():
     assert train.command[-1] == "data.train=/mine.jsonl"
 
 
+def test_a_quickstart_of_another_objective_is_one_word():
+    plan = quickstart_plan("program_induction", PLACES, overrides=["objective.name=grpo"])
+    assert plan.jobs[2].command[-1] == "objective.name=grpo"
+
+
 def test_a_quickstart_refuses_a_wrong_setting_before_anything_is_started():
     with pytest.raises(ConfigError, match=r"train\.num_stps"):
         quickstart_plan("two_roads", PLACES, overrides=["train.num_stps=3"])
