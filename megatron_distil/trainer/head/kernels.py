@@ -15,42 +15,14 @@ from torch import Tensor
 CACHE_BYTES = 2**22
 """Logits that a CPU treats at a time, so that every sweep after the first one reads its cache."""
 
-_LINE = 64
-
-
-class LocalIds(NamedTuple):
-    """Ids of each row as columns of this rank's shard."""
-
-    size: int
-    """Real ids that this rank holds."""
-    support: Tensor
-    """[n, K] int64, unique in each row; -1 where the slot is unused or another rank holds the id."""
-    sampled: Tensor
-    """[n] int64; -1 where another rank holds the id."""
-
-    @classmethod
-    def of(cls, support_ids: Tensor, sampled_ids: Tensor, *, first: int, size: int) -> LocalIds:
-        """Global ids as columns of the shard that holds ``first`` to ``first + size``.
-
-        Args:
-            support_ids: [n, K] int64, global, unique in each row; -1 in unused slots.
-            sampled_ids: [n] int64, global.
-            first: smallest id of the shard.
-            size: real ids of the shard; 0 is allowed.
-        """
-        support, sampled = (
-            torch.where((ids >= first) & (ids < first + size), ids - first, -1) for ids in (support_ids, sampled_ids)
-        )
-        return cls(size=size, support=support, sampled=sampled)
-
 
 class ExpStats(NamedTuple):
     """What is kept of a chunk of logits; local to this rank."""
 
-    reference: Tensor
+    peak: Tensor
     """[n] the largest logit outside the support; 0 where there is none."""
     total: Tensor
-    """[n] sum of exp(z - reference) outside the support."""
+    """[n] sum of exp(z - peak) outside the support."""
     support: Tensor
     """[n, K] logits at the support; 0 where this rank has none."""
     sampled: Tensor
@@ -70,12 +42,7 @@ class BlockStats(NamedTuple):
     """[n] sum of (z - peak) exp(z - peak)."""
 
 
-def buffer_width(size: int) -> int:
-    """Columns of a buffer for ``size`` logits a row: at least one spare, and every row starts on a cache line."""
-    return _LINE * (size // _LINE + 1)
-
-
-def exp_stats(logits: Tensor, ids: LocalIds, out: Tensor) -> ExpStats:
+def exp_stats(logits: Tensor, support: Tensor, sampled: Tensor, out: Tensor, size: int) -> ExpStats:
     """The one elementwise pass of the fused head: logits -> exponentials, 0 at the support.
 
         r = max of z_v outside S,    E_v = exp(z_v - r) outside S, 0 in S,    s = sum_v E_v
@@ -83,71 +50,93 @@ def exp_stats(logits: Tensor, ids: LocalIds, out: Tensor) -> ExpStats:
     The tail is summed over its own ids, so that it keeps its digits however small it is.
 
     Args:
-        logits: [n, W] float, W > ids.size. Scratch: lost afterwards. Columns from ``ids.size`` on may hold anything.
-        ids: columns of this rank.
-        out: [n, W] takes E; ``logits`` itself, or a buffer of a narrower type. Columns from ``ids.size`` on become 0.
+        logits: [n, W] float, W > size. Scratch: lost afterwards. Columns from ``size`` on may hold anything.
+        support: [n, K] int64 columns, unique in each row; -1 in unused slots and for ids of other ranks.
+        sampled: [n] int64 column; -1 for an id of another rank.
+        out: [n, W] takes E; ``logits`` itself, or a buffer of a narrower type. Columns from ``size`` on become 0.
+        size: columns that count; 0 is allowed.
 
     Returns:
         ExpStats of the dtype of ``logits``.
 
     Raises:
-        ValueError: no spare column, or ``out`` has another shape.
+        ValueError: there is no spare column, or ``out`` has another shape.
 
-    Source: the logits' share of ``algo.columns``.
+    Source: the part of ``algo.columns`` that reads every logit.
     """
-    _check_buffer(logits, ids.size)
+    _check_buffer(logits, size)
     if out.shape != logits.shape:
-        raise ValueError(f"out is {tuple(out.shape)}, logits are {tuple(logits.shape)}; they need one shape")
-    return _exp_stats_torch(logits, ids, out)
+        raise ValueError(f"out is {tuple(out.shape)} and logits are {tuple(logits.shape)}; they need one shape")
+    return _exp_stats_torch(logits, support, sampled, out, size)
 
 
-def _exp_stats_torch(logits: Tensor, ids: LocalIds, out: Tensor) -> ExpStats:
-    is_support, is_sampled = ids.support >= 0, ids.sampled >= 0
-    columns = torch.where(is_support, ids.support, ids.size)
-    support = logits.gather(1, columns).masked_fill_(~is_support, 0.0)
-    sampled = logits.gather(1, ids.sampled.clamp(min=0)[:, None])[:, 0].masked_fill_(~is_sampled, 0.0)
-    logits[:, ids.size :] = -torch.inf
+def _exp_stats_torch(logits: Tensor, support: Tensor, sampled: Tensor, out: Tensor, size: int) -> ExpStats:
+    is_support, is_sampled = support >= 0, sampled >= 0
+    columns = torch.where(is_support, support, size)
+    at_support = logits.gather(1, columns).masked_fill_(~is_support, 0.0)
+    at_sampled = logits.gather(1, sampled.clamp(min=0)[:, None])[:, 0].masked_fill_(~is_sampled, 0.0)
+    logits[:, size:] = -torch.inf
     logits.scatter_(1, columns, -torch.inf)
-    reference, total = logits.new_empty(len(logits)), logits.new_empty(len(logits))
+    peaks, totals = logits.new_empty(len(logits)), logits.new_empty(len(logits))
     for part in _cached(logits):
         block = logits[part]
         peak = block.amax(-1)
-        reference[part] = peak.masked_fill_(peak == -torch.inf, 0.0)
+        peaks[part] = peak.masked_fill_(peak == -torch.inf, 0.0)
         block.sub_(peak[:, None]).exp_()
-        total[part] = block.sum(-1)
+        totals[part] = block.sum(-1)
         if out is not logits:
             out[part] = block
-    return ExpStats(reference=reference, total=total, support=support, sampled=sampled)
+    return ExpStats(peak=peaks, total=totals, support=at_support, sampled=at_sampled)
 
 
-def patch(e: Tensor, ids: LocalIds, stats: ExpStats, at_support: Tensor, at_sampled: Tensor, inv_beta: Tensor) -> None:
-    """Writes the few entries of E that the vocabulary-wide factor does not describe; then dz = beta E.
+def patch(
+    exps: Tensor,
+    support: Tensor,
+    sampled: Tensor,
+    at_support: Tensor,
+    sampled_exp: Tensor,
+    at_sampled: Tensor,
+    size: int,
+) -> None:
+    """Writes the K + 1 entries of a row of E that a factor of the row does not describe.
 
-        E_k <- at_support_k / beta  at k in S,    E_a <- (E_a or, outside S, exp(z_a - r)) + at_sampled / beta
+        E_k <- at_support_k  at k in S,      E_a <- at_sampled + (E_a in S, exp(z_a - r) outside)
 
     Args:
-        e: [n, W] as ``exp_stats`` left it; changed in place.
-        ids: columns of this rank.
-        stats: what ``exp_stats`` gave: E_a is taken from there, not from a narrow ``e``.
-        at_support: [n, K] dz at the support, without what the sampled id adds; anything in unused slots.
-        at_sampled: [n] what the sampled id adds to dz.
-        inv_beta: [n] 1 / beta; 0 where beta is 0.
+        exps: [n, W] as ``exp_stats`` left it; changed in place.
+        support: [n, K] int64 columns, as in ``exp_stats``.
+        sampled: [n] int64 column, as in ``exp_stats``.
+        at_support: [n, K] without what the sampled id adds; anything where ``support`` is -1.
+        sampled_exp: [n] exp(z_a - r), which a narrow ``exps`` has rounded; anything where ``sampled`` is -1.
+        at_sampled: [n] what the sampled id adds.
+        size: columns that count.
+
+    Raises:
+        ValueError: there is no spare column.
+
+    Source: gradient of ``algo.columns``, divided by the factor of the row.
     """
-    _patch_torch(e, ids, stats, at_support, at_sampled, inv_beta)
+    _check_buffer(exps, size)
+    _patch_torch(exps, support, sampled, at_support, sampled_exp, at_sampled, size)
 
 
 def _patch_torch(
-    e: Tensor, ids: LocalIds, stats: ExpStats, at_support: Tensor, at_sampled: Tensor, inv_beta: Tensor
+    exps: Tensor,
+    support: Tensor,
+    sampled: Tensor,
+    at_support: Tensor,
+    sampled_exp: Tensor,
+    at_sampled: Tensor,
+    size: int,
 ) -> None:
-    is_support, is_sampled = ids.support >= 0, ids.sampled >= 0
-    is_both = is_support & (ids.support == ids.sampled[:, None])
-    extra = at_sampled * inv_beta
-    entries = torch.where(is_support, at_support * inv_beta[:, None], 0.0) + torch.where(is_both, extra[:, None], 0.0)
-    e.scatter_(1, torch.where(is_support, ids.support, ids.size), entries.to(e.dtype))
-    alone = (stats.sampled - stats.reference).exp() + extra
-    is_alone = is_sampled & ~is_both.any(-1)
-    columns = torch.where(is_alone, ids.sampled, ids.size)[:, None]
-    e.scatter_(1, columns, torch.where(is_alone, alone, 0.0).to(e.dtype)[:, None])
+    is_support, is_sampled = support >= 0, sampled >= 0
+    is_both = is_support & (support == sampled[:, None])
+    entries = at_support + torch.where(is_both, at_sampled[:, None], 0.0)
+    entries = torch.where(is_support, entries, 0.0).to(exps.dtype)
+    exps.scatter_(1, torch.where(is_support, support, size), entries)
+    is_alone = is_sampled & ~is_both.any(1)
+    entry = torch.where(is_alone, sampled_exp + at_sampled, 0.0).to(exps.dtype)
+    exps.scatter_(1, torch.where(is_alone, sampled, size)[:, None], entry[:, None])
 
 
 def block_stats(logits: Tensor, size: int, block: int) -> BlockStats:
