@@ -78,13 +78,14 @@ def _exp_stats_torch(logits: Tensor, support: Tensor, sampled: Tensor, out: Tens
     logits[:, size:] = -torch.inf
     logits.scatter_(1, columns, -torch.inf)
     peaks, totals = logits.new_empty(len(logits)), logits.new_empty(len(logits))
+    is_elsewhere = out.data_ptr() != logits.data_ptr()
     for part in _cached(logits):
         block = logits[part]
         peak = block.amax(-1)
         peaks[part] = peak.masked_fill_(peak == -torch.inf, 0.0)
         block.sub_(peak[:, None]).exp_()
         totals[part] = block.sum(-1)
-        if out is not logits:
+        if is_elsewhere:
             out[part] = block
     return ExpStats(peak=peaks, total=totals, support=at_support, sampled=at_sampled)
 
@@ -221,5 +222,5 @@ def _check_buffer(logits: Tensor, size: int) -> None:
     width = logits.shape[1]
     if width <= size:
         raise ValueError(
-            f"a buffer of {width} columns has no spare one beyond {size} ids; {buffer_width(size)} would do"
+            f"a buffer of {width} columns has no spare one beyond {size} ids; make it {size + 1} wide or more"
         )
