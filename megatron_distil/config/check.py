@@ -14,6 +14,9 @@ from megatron_distil.errors import Problem
 PROGRAM_TASKS = frozenset({"program_induction"})
 """Tasks whose responses are programs. A test holds this to what the tasks say of themselves."""
 
+DIVERGENCES = frozenset({"sdpo", "opsd"})
+"""Objectives that compare two whole distributions: what lies outside the support has to be somewhere."""
+
 
 def problems(config: Config) -> Iterator[Problem]:
     """Everything that is wrong with a tree whose settings are right one by one."""
@@ -27,6 +30,7 @@ def problems(config: Config) -> Iterator[Problem]:
     yield from _lengths(config)
     yield from _waits(config)
     yield from _groups(config)
+    yield from _credit(config)
     if config.objective.needs_teacher:
         yield from _teacher(config)
     yield from _evaluation(config)
@@ -47,9 +51,18 @@ def sequence_multiple(parallel: ParallelConfig) -> int:
 
 def task_names() -> list[str]:
     """The modules of ``megatron_distil.tasks`` that define ``TASK``, by their text: importing one needs more than this does."""
+    return _modules_with(r"^TASK\b")
+
+
+def reference_task_names() -> list[str]:
+    """Those of them that offer reference solutions (``tasks.task.ReferenceTask``)."""
+    return [name for name in _modules_with(r"^    def reference\(") if name in task_names()]
+
+
+def _modules_with(pattern: str) -> list[str]:
     folder = Path(__file__).resolve().parents[1] / "tasks"
     return sorted(
-        path.stem for path in folder.glob("*.py") if re.search(r"^TASK\b", path.read_text("utf-8"), re.MULTILINE)
+        path.stem for path in folder.glob("*.py") if re.search(pattern, path.read_text("utf-8"), re.MULTILINE)
     )
 
 
@@ -128,7 +141,7 @@ def _lengths(config: Config) -> Iterator[Problem]:
             f"{rollout.max_response_tokens} tokens; such a rollout would fit no microbatch"
         )
         yield Problem("train.max_microbatch_tokens", largest, reason, f"Try {whole}.")
-    if not config.objective.needs_teacher:
+    if not config.objective.needs_teacher or teacher.context == "prompt":
         return
     if teacher.max_context_tokens < rollout.max_prompt_tokens:
         reason = (
@@ -137,6 +150,8 @@ def _lengths(config: Config) -> Iterator[Problem]:
         yield Problem(
             "teacher.max_context_tokens", teacher.max_context_tokens, reason, f"Try {4 * rollout.max_prompt_tokens}."
         )
+    if config.has_expert:  # reads on its own servers
+        return
     seen = _up(teacher.max_context_tokens + rollout.max_response_tokens, multiple)
     if seen > largest:
         reason = (
@@ -179,16 +194,45 @@ def _groups(config: Config) -> Iterator[Problem]:
         yield Problem("rollout.samples_per_prompt", rollout.samples_per_prompt, reason, "Try 8.")
 
 
+def _credit(config: Config) -> Iterator[Problem]:
+    rollout = config.rollout
+    settings: Mapping[str, object] = config.objective.model_dump()
+    baseline, future = settings.get("baseline", "none"), settings.get("future", "none")
+    is_factor = settings.get("future_form", "score") == "reweight"
+    if is_factor and future == "none":
+        reason = 'with objective.future = "none" there is no credit that could weigh anything'
+        yield Problem("objective.future_form", "reweight", reason, 'Write "score", or objective.future = "mean".')
+    if baseline == "none":
+        return
+    if future == "none":
+        reason = 'with objective.future = "none" there is no credit to take it off'
+        yield Problem("objective.baseline", baseline, reason, 'Write "none", or objective.future = "mean".')
+    elif is_factor:
+        reason = (
+            'with objective.future_form = "reweight" credit is a factor, no policy gradient; a baseline would bias it'
+        )
+        yield Problem("objective.baseline", baseline, reason, 'Write "none", or objective.future_form = "score".')
+    others = rollout.samples_per_prompt * (rollout.prompts_per_step if baseline == "loo_batch" else 1) - 1
+    if others < 1:
+        reason = f"objective.baseline = {baseline} is what the other rollouts cost, and there are none"
+        yield Problem("rollout.samples_per_prompt", rollout.samples_per_prompt, reason, "Try 8.")
+
+
 def _teacher(config: Config) -> Iterator[Problem]:
     teacher = config.teacher
     settings: Mapping[str, object] = config.objective.model_dump()
+    if teacher.support != "full" and config.objective.name in DIVERGENCES and settings.get("tail") == "none":
+        reason = f'between parts of two distributions there is no divergence, and teacher.support = "{teacher.support}"'
+        hint = 'Write "bucket" or "renorm", or teacher.support = "full".'
+        yield Problem("objective.tail", "none", reason, hint)
     if teacher.support == "full" and settings.get("tail", "none") != "none":
         reason = 'with teacher.support = "full" there is nothing outside the support'
         yield Problem("objective.tail", settings["tail"], reason, 'Write objective.tail = "none".')
     if teacher.weights == "ema" and teacher.rate == 0.0:
         reason = "an average with this rate never moves"
         yield Problem("teacher.rate", teacher.rate, reason, 'Try 0.01, or write teacher.weights = "frozen".')
-    if teacher.feedback == "never" and config.rollout.samples_per_prompt < 2:
+    has_sibling = teacher.demonstration == "reference" or config.rollout.samples_per_prompt > 1
+    if teacher.feedback == "never" and teacher.context == "feedback" and not has_sibling:
         reason = "with one sample per prompt there is no sibling to show either; no rollout would have a teacher"
         yield Problem(
             "teacher.feedback",
@@ -196,6 +240,33 @@ def _teacher(config: Config) -> Iterator[Problem]:
             reason,
             'Write "without_solution", or set rollout.samples_per_prompt to 8.',
         )
+    if teacher.demonstration == "reference" and config.task.name not in (names := reference_task_names()):
+        reason = f"task {config.task.name} has no reference solutions; {', '.join(names)} has"
+        yield Problem("teacher.demonstration", "reference", reason, 'Write "sibling".')
+    yield from _expert(config) if teacher.weights == "expert" else _no_expert(config)
+
+
+def _expert(config: Config) -> Iterator[Problem]:
+    teacher, temperature = config.teacher, config.rollout.temperature
+    if not teacher.model:
+        hint = "A folder in Hugging Face's format works, or an id like Qwen/Qwen3-32B."
+        yield Problem("teacher.model", teacher.model, 'teacher.weights = "expert" is another model; say which', hint)
+    if temperature != 1.0:
+        reason = "a server scores what it is given at temperature 1, and student and teacher must have the same"
+        yield Problem("rollout.temperature", temperature, reason, "Write 1.0, or let the student teach itself.")
+    if teacher.support != "teacher" and config.objective.needs_support:
+        reason = "a server says which tokens its own model finds most probable, and no others"
+        yield Problem("teacher.support", teacher.support, reason, 'Write "teacher".')
+
+
+def _no_expert(config: Config) -> Iterator[Problem]:
+    teacher = config.teacher
+    if teacher.model:
+        reason = f'with teacher.weights = "{teacher.weights}" the student teaches itself'
+        yield Problem("teacher.model", teacher.model, reason, 'Leave it out, or write teacher.weights = "expert".')
+    if teacher.context == "prompt":
+        reason = f'with teacher.weights = "{teacher.weights}" the teacher would know no more than the student'
+        yield Problem("teacher.context", "prompt", reason, 'Write "feedback", or teacher.weights = "expert".')
 
 
 def _evaluation(config: Config) -> Iterator[Problem]:

@@ -116,10 +116,18 @@ class FeedbackConfig(Section):
 
 
 class TeacherConfig(Section):
-    """The self-teacher: the same model, shown the feedback."""
+    """The teacher: the same model, shown the feedback, or a larger one."""
 
-    weights: Literal["ema", "frozen", "live", "trust_region"] = "ema"
-    """Where its weights come from. A live teacher collapses; it is here for comparison."""
+    weights: Literal["ema", "frozen", "live", "trust_region", "expert"] = "ema"
+    """Whose: of the student, averaged, as they were or as they are (collapses; for comparison); or those of ``teacher.model``."""
+    model: str = ""
+    """``expert``: a folder in Hugging Face's format, or an id on the hub, with the student's tokenizer."""
+    num_engines: Count = 1
+    """``expert``: SGLang servers, in the precision ``rollout.engine_dtype``."""
+    engine_tp: Count = 1
+    """``expert``: tensor-parallel size of one server."""
+    context: Literal["feedback", "prompt"] = "feedback"
+    """What it reads before the response: the prompt with feedback and demonstration, or what the student reads (``expert``)."""
     rate: Fraction = 0.01
     """``ema``: share of the student in each step; ``trust_region``: share of the student's logits."""
     support: Literal["teacher", "student", "full"] = "teacher"
@@ -128,8 +136,10 @@ class TeacherConfig(Section):
     """Tokens kept per position."""
     feedback: Literal["without_solution", "always", "never"] = "without_solution"
     """When the teacher reads the feedback on a failed attempt."""
+    demonstration: Literal["sibling", "reference"] = "sibling"
+    """Which solution it is shown: another successful rollout of the prompt, or the one in the data."""
     sibling: Literal["first", "random"] = "first"
-    """Which other successful rollout of the prompt is the demonstration."""
+    """Which of several other successful rollouts."""
     max_context_tokens: Count = 4096
     """Longest context: first the demonstration is shortened, then the feedback, never the template."""
 
@@ -254,6 +264,8 @@ class Config(Section):
 
     model: Annotated[str, Identity()]
     """A folder in Hugging Face's format, or an id on the hub."""
+    preset: str = ""
+    """A file of ``config/presets`` that the settings were taken from; a record, nothing reads it."""
     task: TaskConfig
     data: DataConfig
     objective: Annotated[SerializeAsAny[Objective], BeforeValidator(_objective), Identity()]
@@ -268,3 +280,8 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+
+    @property
+    def has_expert(self) -> bool:
+        """Whether the teacher is another model, behind servers of its own."""
+        return self.objective.needs_teacher and self.teacher.weights == "expert"

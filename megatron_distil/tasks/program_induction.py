@@ -107,6 +107,10 @@ class ProgramInduction:
         """``prompt[?feedback][#solution]>``."""
         return teacher_text(text_of(prompt.task, "prompt"), solution=solution, feedback=feedback)
 
+    def reference(self, prompt: Prompt) -> str | None:
+        """Field ``solution``, which a row need not have."""
+        return text_of(prompt.task, "solution") if "solution" in prompt.task else None
+
     def measures(self, prompt: Prompt, response_text: str) -> Mapping[str, float]:
         """None."""
         return {}

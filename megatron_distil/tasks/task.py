@@ -114,6 +114,15 @@ class GeneratedTask(Task, Protocol):
         ...
 
 
+@runtime_checkable
+class ReferenceTask(Task, Protocol):
+    """A task whose rows hold solutions that a teacher may be shown (``teacher.demonstration = "reference"``)."""
+
+    def reference(self, prompt: Prompt) -> str | None:
+        """The solution, as a response without its stop token; None: this row has none."""
+        ...
+
+
 def task_names() -> list[str]:
     """Every task there is."""
     modules = (module.name for module in pkgutil.iter_modules(megatron_distil.tasks.__path__))

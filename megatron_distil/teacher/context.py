@@ -1,4 +1,4 @@
-"""What the teacher reads in place of the prompt: the prompt, feedback on the attempt, a successful sibling. Pure.
+"""What the teacher reads in place of the prompt: the prompt, feedback on the attempt, a solution. Pure.
 
 The response is not part of it: its token ids follow the context as they were sampled and are never made from text again.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from megatron_distil.config.schema import TeacherConfig
-from megatron_distil.tasks.task import Task
+from megatron_distil.tasks.task import ReferenceTask, Task
 from megatron_distil.types import Feedback, Ids, Outcome, Prompt, Rollout, Sums, TeacherContext
 
 SUCCESS = 0.5  # smallest reward of a demonstration (arXiv:2601.20802, actor.yaml)
@@ -70,8 +70,10 @@ class ContextBuilder:
     def _context(self, prompt: Prompt, attempt: Attempt, group: Sequence[Attempt]) -> Fitted:
         if attempt.feedback.outcome is Outcome.UNAVAILABLE:
             return Fitted(None, "whole")
-        sibling = choose_sibling(attempt, group, self.config.sibling)
-        shown = self._shown(prompt, attempt, sibling)
+        if self.config.context == "prompt":
+            return Fitted(as_the_student(prompt), "whole")
+        sibling, solution = self._demonstration(prompt, attempt, group)
+        shown = self._shown(prompt, attempt, solution)
         if shown == Shown(None, None):
             return Fitted(None, "whole")
         fitting, reading = shown, self._read(prompt, shown)
@@ -88,10 +90,18 @@ class ContextBuilder:
         )
         return Fitted(context, "whole" if fitting == shown else "shortened")
 
-    def _shown(self, prompt: Prompt, attempt: Attempt, sibling: Attempt | None) -> Shown:
+    def _demonstration(
+        self, prompt: Prompt, attempt: Attempt, group: Sequence[Attempt]
+    ) -> tuple[Attempt | None, str | None]:
+        """The text that is shown, and whose it is, if it is a sibling's."""
+        if self.config.demonstration == "reference":
+            return None, self.task.reference(prompt) if isinstance(self.task, ReferenceTask) else None
+        sibling = choose_sibling(attempt, group, self.config.sibling)
+        return sibling, demonstration_text(sibling.rollout.text) if sibling is not None else None
+
+    def _shown(self, prompt: Prompt, attempt: Attempt, solution: str | None) -> Shown:
         """What the settings allow. A task may not use a part: then the part is not there."""
         plain = self.task.teacher_text(prompt, solution=None, feedback=None)
-        solution = demonstration_text(sibling.rollout.text) if sibling is not None else None
         if solution is not None and self.task.teacher_text(prompt, solution=solution, feedback=None) == plain:
             solution = None
         feedback = attempt.feedback.text or None
@@ -139,6 +149,11 @@ class Fitted(NamedTuple):
 
     context: TeacherContext | None
     how: Literal["whole", "shortened", "too long"]
+
+
+def as_the_student(prompt: Prompt) -> TeacherContext:
+    """What the student reads: for a teacher that knows more by itself."""
+    return TeacherContext(token_ids=prompt.token_ids, text=prompt.text, demonstration=None, shows_feedback=False)
 
 
 def choose_sibling(attempt: Attempt, group: Sequence[Attempt], how: Literal["first", "random"]) -> Attempt | None:

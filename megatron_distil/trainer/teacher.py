@@ -76,7 +76,10 @@ class SelfTeacher:
     def __init__(self, student: Student, config: Config, pack: Pack) -> None:
         """Copy the weights that the teacher starts from, unless it has none of its own."""
         self._student = student
-        self._kind: Kind = config.teacher.weights
+        kind = config.teacher.weights
+        if kind == "expert":
+            raise ValueError("an expert has servers of its own (teacher/expert.py)")
+        self._kind: Kind = kind
         self._rate = config.teacher.rate
         self._support = config.teacher.support
         vocab = student.dims.vocab_size

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_distil.config.check import PROGRAM_TASKS, sequence_multiple, task_names
+from megatron_distil.config.check import PROGRAM_TASKS, reference_task_names, sequence_multiple, task_names
 from megatron_distil.config.load import load_config
 from megatron_distil.config.schema import ParallelConfig
 from megatron_distil.errors import ConfigError
@@ -182,6 +182,45 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
             'have a teacher. Write "without_solution", or set rollout.samples_per_prompt to 8.'
         ],
     ),
+    "a factor without credit": (
+        ["objective.future=none", "objective.future_form=reweight"],
+        [
+            "objective.future_form = 'reweight': with objective.future = \"none\" there is no credit that could weigh "
+            'anything. Write "score", or objective.future = "mean".'
+        ],
+    ),
+    "references of a task that has none": (
+        ["task.name=two_roads", "teacher.demonstration=reference"],
+        [
+            "teacher.demonstration = 'reference': task two_roads has no reference solutions; program_induction has. "
+            'Write "sibling".'
+        ],
+    ),
+    "an expert without a name": (
+        ["teacher.weights=expert"],
+        [
+            "teacher.model = '': teacher.weights = \"expert\" is another model; say which. A folder in Hugging Face's "
+            "format works, or an id like Qwen/Qwen3-32B."
+        ],
+    ),
+    "what a server cannot say": (
+        ["teacher.weights=expert", "teacher.model=m", "rollout.temperature=0.7", "teacher.support=student"],
+        [
+            "rollout.temperature = 0.7: a server scores what it is given at temperature 1, and student and teacher must "
+            "have the same. Write 1.0, or let the student teach itself.",
+            "teacher.support = 'student': a server says which tokens its own model finds most probable, and no others. "
+            'Write "teacher".',
+        ],
+    ),
+    "a self-teacher that is somebody else and knows nothing": (
+        ["teacher.model=m", "teacher.context=prompt"],
+        [
+            "teacher.model = 'm': with teacher.weights = \"ema\" the student teaches itself. Leave it out, or write "
+            'teacher.weights = "expert".',
+            "teacher.context = 'prompt': with teacher.weights = \"ema\" the teacher would know no more than the student. "
+            'Write "feedback", or teacher.weights = "expert".',
+        ],
+    ),
     "an evaluation of nothing": (
         ["eval.every_steps=10"],
         [
@@ -242,6 +281,9 @@ def test_all_broken_rules_come_at_once(recipe: Path):
         [SUPERVISED, "rollout.prompts_per_step=31", "parallel.dp=2", "teacher.max_context_tokens=9999"],
         ['eval.sets=[{data="a"}, {data="b", prefix="new_"}]', "eval.every_steps=10"],
         ["rollout.samples_per_prompt=1", "teacher.feedback=always"],
+        ["rollout.samples_per_prompt=1", "teacher.feedback=never", "teacher.demonstration=reference"],
+        ["teacher.weights=expert", "teacher.model=m", "teacher.max_context_tokens=99999"],
+        ["teacher.weights=expert", "teacher.model=m", "teacher.context=prompt", "teacher.max_context_tokens=1"],
     ],
 )
 def test_what_looks_like_a_broken_rule_and_is_none_is_accepted(recipe: Path, overrides: list[str]):
@@ -264,6 +306,12 @@ def test_sequences_are_padded_for_every_cut(layout: ParallelConfig, multiple: in
 
 def test_the_tasks_that_files_show_are_those_that_import():
     assert task_names() == tasks.task_names()
+
+
+def test_the_tasks_that_files_show_to_have_references_are_those_that_do():
+    assert reference_task_names() == [
+        name for name in tasks.task_names() if isinstance(tasks.task_by_name(name), tasks.ReferenceTask)
+    ]
 
 
 def test_the_tasks_that_run_programs_are_those_that_say_so():

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_distil.algo.objectives import objective_names
 from megatron_distil.config.load import (
     RENAMED,
     config_from_json,
@@ -19,6 +20,8 @@ from megatron_distil.config.load import (
 )
 from megatron_distil.errors import ConfigError
 from tests.recipe import RECIPE, write_recipe
+
+OBJECTIVES = ", ".join(objective_names())
 
 
 @pytest.fixture
@@ -120,7 +123,7 @@ def test_all_problems_of_the_first_pass_come_at_once(recipe: Path):
         "objective.futur = 'sum': not a setting. Did you mean objective.future?",
         "parallel.tp = True: must be a valid integer.",
         "rollout.samples_per_promt = 8: not a setting. Did you mean rollout.samples_per_prompt?",
-        "teacher.weights = 'emma': must be 'ema', 'frozen', 'live' or 'trust_region'.",
+        "teacher.weights = 'emma': must be 'ema', 'frozen', 'live', 'trust_region' or 'expert'.",
         "train.learning_rate = 0.0: must be greater than 0.",
         "train.num_steps = '200': must be a valid integer. Write 200 without quotes.",
     ]
@@ -142,7 +145,7 @@ def test_all_problems_of_the_first_pass_come_at_once(recipe: Path):
         ("log.zzz=1", "log.zzz = 1: not a setting. log has rollouts_kept, tensorboard, wandb_project."),
         ("objective.tis_clip=-1", "objective.tis_clip = -1: must be greater than 0 or 'none'."),
         ("objective.name=distl", "objective.name = 'distl': not an objective. Did you mean distil?"),
-        ("objective.name=zzz", "objective.name = 'zzz': not an objective. Objectives: ce, distil, grpo, sft."),
+        ("objective.name=zzz", f"objective.name = 'zzz': not an objective. Objectives: {OBJECTIVES}."),
         ("train.num_steps=0", "train.num_steps = 0: must be greater than or equal to 1."),
         ("train.dtype=float16", "train.dtype = 'float16': must be 'float32' or 'bfloat16'."),
         ("rollout.temperature=3", "rollout.temperature = 3: must be less than or equal to 2."),
@@ -174,9 +177,7 @@ def test_every_new_name_of_a_renamed_setting_exists(recipe: Path):
 
 def test_the_objective_is_always_stated(tmp_path: Path):
     without = RECIPE.replace('[objective]\nname = "distil"\nfuture = "sum"\n', "")
-    assert lines(write_recipe(tmp_path, without)) == [
-        "objective.name: has to be stated. Objectives: ce, distil, grpo, sft."
-    ]
+    assert lines(write_recipe(tmp_path, without)) == [f"objective.name: has to be stated. Objectives: {OBJECTIVES}."]
 
 
 def test_the_future_of_distil_is_always_stated(tmp_path: Path):

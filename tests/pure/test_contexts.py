@@ -115,6 +115,36 @@ def fields(record):
     return {name: getattr(record, name) for name in record.__dataclass_fields__}
 
 
+def test_a_reference_is_shown_to_everyone_and_is_nobodys_response():
+    group = Group()
+    contexts = build(group, demonstration="reference", feedback="always")
+    assert texts(contexts) == [
+        "0:2,1:83,10:812?x*18+2:2,20,182#x*81+2>",
+        "0:2,1:83,10:812#x*81+2>",
+        "0:2,1:83,10:812?x+1:1,2,11#x*81+2>",
+        "0:2,1:83,10:812#x*81+2>",
+    ]
+    assert [context.demonstration for context in contexts] == [None] * 4
+    assert texts(build(group, demonstration="reference", feedback="never")) == ["0:2,1:83,10:812#x*81+2>"] * 4
+
+
+def test_a_row_without_a_reference_has_none_and_a_task_without_any_neither():
+    bare = prompt_from(INDUCTION, {key: value for key, value in INDUCTION.example.items() if key != "solution"})
+    assert texts(build(Group(), prompts=(bare,), demonstration="reference", feedback="never")) == [None] * 4
+    prompt = prompt_from(ROADS, ROADS.example)
+    assert texts(build(Group(), task=ROADS, prompts=(prompt,), demonstration="reference"))[0] == (
+        "4721?x*18+2:2,20,182>"
+    )
+
+
+def test_a_teacher_that_knows_more_by_itself_reads_what_the_student_reads():
+    group = Group()
+    group.replace(2, "x", Outcome.UNAVAILABLE)
+    contexts = build(group, context="prompt", demonstration="reference", max_context_tokens=1)
+    assert texts(contexts) == ["0:2,1:83,10:812>", "0:2,1:83,10:812>", None, "0:2,1:83,10:812>"]
+    assert all(c.token_ids.tolist() == PROMPT.token_ids.tolist() and not c.shows_feedback for c in contexts if c)
+
+
 def test_thoughts_of_a_sibling_are_not_shown():
     group = Group()
     group.replace(1, "<think>0:2,\nso</think>\n\nx*81+2", Outcome.PASSED)

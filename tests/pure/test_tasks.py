@@ -12,7 +12,7 @@ import pytest
 from megatron_distil.errors import ConfigError
 from megatron_distil.tasks import program_induction, two_roads
 from megatron_distil.tasks.prepare import main, prepare
-from megatron_distil.tasks.task import GeneratedTask, Response, Ruling, task_by_name, task_names
+from megatron_distil.tasks.task import GeneratedTask, ReferenceTask, Response, Ruling, task_by_name, task_names
 from megatron_distil.types import CaseResult, Outcome, Program, RunResult, Verdict
 from tests.task_records import prompt_from
 
@@ -317,3 +317,11 @@ def test_prepare_writes_the_same_bytes_again_and_does_nothing_where_it_is_done(t
 def test_prepare_names_the_tasks_there_are(tmp_path, capsys):
     assert main(["maths", str(tmp_path)]) == 2
     assert "program_induction, two_roads" in capsys.readouterr().err
+
+
+def test_a_reference_is_a_response_that_passes():
+    assert isinstance(INDUCTION, ReferenceTask)
+    for row in islice(program_induction.training_rows(7, 20), 20):
+        prompt = prompt_from(INDUCTION, row)
+        asked = INDUCTION.program(prompt, Response(INDUCTION.reference(prompt), is_complete=True))
+        assert INDUCTION.rule(prompt, Response("", is_complete=True), run_here(asked)).outcome is Outcome.PASSED
