@@ -19,6 +19,8 @@ class LossTerms(NamedTuple):
     """[] of log-probabilities of sampled tokens, weighted with what came of them. Its value means nothing."""
     counts: Mapping[str, Tensor] = MappingProxyType({})
     """Sums over the tokens of the loss, without gradient, under the names of metrics."""
+    maxima: Mapping[str, Tensor] = MappingProxyType({})
+    """Largest values among the tokens of the loss, likewise; -inf where there are none."""
 
 
 def distil_terms(
@@ -69,9 +71,9 @@ def clipped_policy_terms(
 
     Args:
         logprobs: [T] log pi of the sampled token, nats; carries gradient.
-        old_logprobs: [T] the same under the policy that sampled; constant.
+        old_logprobs: [T] the same under the policy that the step started from; constant.
         advantages: [T] constant.
-        weights: [T] 0 outside the loss; constant.
+        weights: [T] 0 outside the loss; importance weights from that policy to the one that sampled are in here. Constant.
         clip_low: how far below 1 a ratio counts.
         clip_high: how far above 1 a ratio counts.
         dual_clip: largest ratio that counts where the advantage is negative; inf: no bound.
@@ -97,5 +99,35 @@ def clipped_policy_terms(
         "loss/policy_gain": -(loss.detach() * is_in_loss).sum(),
         "train/ratio": (ratio.detach() * is_in_loss).sum(),
         "train/ratio_clipped_frac": (is_clipped & is_in_loss).sum(),
+    }
+    return LossTerms(imitation=credit.new_zeros(()), credit=credit, counts=counts)
+
+
+def sampled_policy_terms(logprobs: Tensor, sampling_logprobs: Tensor, advantages: Tensor, weights: Tensor) -> LossTerms:
+    """Importance-sampled policy gradient: of a divergence that is known at the sampled token only.
+
+        loss = - sum_t w_t rho_t A_t,     rho_t = pi(a_t) / pi_sampler(a_t)
+
+    With A_t = log p(a_t) - log pi_sampler(a_t) it is on average, where pi has sampled, the gradient of sum_t KL(pi || p)
+    at the states that were visited.
+
+    Args:
+        logprobs: [T] log pi of the sampled token, nats; carries gradient.
+        sampling_logprobs: [T] the same under the policy that sampled; constant.
+        advantages: [T] constant.
+        weights: [T] 0 outside the loss; constant.
+
+    Returns:
+        Terms whose ``imitation`` is 0.
+
+    Source: tinker-cookbook, train_on_policy (importance_sampling).
+    """
+    ratio = (logprobs - sampling_logprobs).exp()
+    gain = ratio * advantages
+    credit = -(weights * gain).sum()
+    is_in_loss = weights != 0
+    counts = {
+        "loss/policy_gain": (gain.detach() * is_in_loss).sum(),
+        "train/ratio": (ratio.detach() * is_in_loss).sum(),
     }
     return LossTerms(imitation=credit.new_zeros(()), credit=credit, counts=counts)

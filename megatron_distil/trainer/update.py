@@ -37,7 +37,9 @@ _PER_TOKEN = (
     "loss/ce_nats",
     "loss/kl_nats",
     "loss/credit_nats",
+    "loss/divergence_nats",
     "loss/policy_gain",
+    "loss/reverse_kl_nats",
     "sync/logprob_gap_nats",
     "teacher/entropy_nats",
     "teacher/student_mass_frac",
@@ -184,7 +186,7 @@ class Updater:
             weights=at_rows(microbatch.loss_weights),
         )
         terms = self._objective.terms(tokens, _credit_scan(microbatch, placed))
-        counted.add(terms.counts, self._objective, tokens, at_rows(microbatch.teacher_entropy))
+        counted.add(terms, self._objective, tokens, at_rows(microbatch.teacher_entropy))
         loss = terms.imitation + terms.credit
         return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
@@ -243,10 +245,12 @@ class _Counts:
         self._sums: dict[str, Tensor] = {}
         self._maxima: dict[str, Tensor] = {}
 
-    def add(self, counts: Any, objective: Objective, tokens: Tokens, teacher_entropy: Tensor) -> None:
+    def add(self, terms: algo.LossTerms, objective: Objective, tokens: Tokens, teacher_entropy: Tensor) -> None:
         """Count one microbatch; all its rows carry a loss."""
         sampled = tokens.student.sampled.detach()
-        found = dict(counts)
+        found = dict(terms.counts)
+        for name, value in terms.maxima.items():
+            self._peak(name, value)
         found["not_finite"] = (~sampled.isfinite()).sum()
         if objective.reads_samples:
             gap = (sampled - tokens.sampling_logprobs).abs()

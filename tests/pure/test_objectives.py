@@ -45,7 +45,7 @@ def gradient(table, **options):
 
 
 def test_the_names_are_those_of_the_files():
-    assert objective_names() == ["ce", "distil", "grpo", "sft"]
+    assert objective_names() == ["ce", "distil", "grpo", "opd", "opsd", "sdpo", "sft"]
 
 
 def test_distil_without_weight_on_the_credit_is_ce():
@@ -128,7 +128,7 @@ def test_advantages_compare_with_the_group_only():
 @pytest.mark.parametrize(
     ("table", "text"),
     [
-        ({"name": "dist"}, "'dist' is not an objective; there are ce, distil, grpo, sft"),
+        ({"name": "dist"}, "'dist' is not an objective; there are ce, distil, grpo, opd, opsd, sdpo, sft"),
         ({"name": "objective"}, "'objective' is not an objective"),
         ({}, "must be a table with a name"),
         ("distil", "must be a table with a name"),

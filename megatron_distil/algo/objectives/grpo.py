@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from megatron_distil import algo
-from megatron_distil.algo.objectives.distil import Clip
-from megatron_distil.algo.objectives.objective import Objective
+from megatron_distil.algo.objectives.objective import Clip, Objective, weighted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,8 +18,11 @@ if TYPE_CHECKING:
 class Grpo(Objective):
     """Policy gradient with the mean reward of the group as baseline; no KL term, no entropy bonus.
 
-    The ratio is taken to the policy of the engine that sampled, as it reported it, so it covers both the steps of the
-    trainer since then and the numerical difference between the two.
+        rho_t = pi(a_t) / pi_old(a_t),    u_t = min(pi_old(a_t) / pi_sampler(a_t), tis_clip)
+        loss  = sum_t w_t u_t max(-rho_t A, -clip(rho_t, 1 - clip_low, 1 + clip_high) A);  where A < 0: at most -dual_clip A
+
+    The ratio is taken to the trainer before the first update of the step, so it is 1 with one update a step: the steps and
+    the numerical gap between the engine and that policy are in u_t.
     """
 
     needs_teacher: ClassVar[bool] = False
@@ -32,20 +34,24 @@ class Grpo(Objective):
     """A ratio above 1 plus this is not raised further."""
     dual_clip: Clip = 3.0
     """Where the advantage is negative, the largest ratio that counts."""
+    tis_clip: Clip = 2.0
+    """Largest importance weight of a token, trainer before the step against the engine that sampled; none: weight 1."""
     normalise_std: bool = False
     """Divide the advantages of a group by their standard deviation."""
 
     def terms(self, tokens: Tokens, future: Future) -> algo.LossTerms:
         """Reinforcement of what did better than its group; ``future`` is not asked."""
-        return algo.clipped_policy_terms(
+        weights, counts = weighted(tokens, ratio_clip="none", tis_clip=self.tis_clip)
+        terms = algo.clipped_policy_terms(
             tokens.student.sampled,
-            tokens.sampling_logprobs,
+            tokens.old_logprobs,
             tokens.advantages,
-            tokens.weights,
+            weights,
             clip_low=self.clip_low,
             clip_high=self.clip_high,
             dual_clip=float("inf") if self.dual_clip == "none" else self.dual_clip,
         )
+        return terms._replace(counts={**terms.counts, **counts})
 
     def advantages(self, rewards: Tensor, group_ids: Tensor) -> Tensor:
         """Reward minus the mean of the group."""

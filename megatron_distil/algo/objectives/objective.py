@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple, Protocol
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
+
+from megatron_distil import algo
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from megatron_distil import algo
+Clip = Annotated[float, Field(gt=0.0)] | Literal["none"]
+"""A bound, or none."""
 
 
 class Tokens(NamedTuple):
@@ -63,12 +66,17 @@ class Objective(BaseModel):
     def terms(self, tokens: Tokens, future: Future) -> algo.LossTerms:
         """The weighted sums whose gradient is the update.
 
+        It is called once for each part of a microbatch, and the terms of the parts are added up. A part is any set of
+        tokens; of one sequence, later tokens come in the same part or in an earlier one. So nothing here may be a sum or
+        a mean over tokens but the weighted sums themselves and the counts, and only ``future`` looks along a sequence.
+
         Args:
-            tokens: what the head left of one microbatch.
+            tokens: what the head left of some tokens; there may be none.
             future: the credit scan, given in: an objective does not know how sequences are sharded.
 
         Returns:
-            The terms; their ``counts`` are sums over the tokens of the loss, under the names of metrics.
+            The terms; their ``counts`` are sums over the tokens of the loss and their ``maxima`` the largest among them,
+            under the names of metrics.
         """
         raise NotImplementedError
 
@@ -108,3 +116,36 @@ class Objective(BaseModel):
             [N] of the dtype of ``rewards``; equal for equal rewards of one group.
         """
         raise NotImplementedError
+
+
+def weighted(tokens: Tokens, *, ratio_clip: Clip, tis_clip: Clip) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weights of tokens times their truncated importance weights, and the counts of those that were cut.
+
+        w_t  min(pi(a_t) / pi_old(a_t), ratio_clip)  min(pi_old(a_t) / pi_sampler(a_t), tis_clip)
+
+    Args:
+        tokens: of an objective.
+        ratio_clip: the policy that is trained against the one before the step; none: 1.
+        tis_clip: that one against the engine that sampled; none: 1.
+
+    Returns:
+        [T] without gradient, and sums under the names of metrics.
+    """
+    counts: dict[str, Tensor] = {}
+    weights = tokens.weights
+    is_in_loss = tokens.weights != 0
+    for name, newer, older, clip in (
+        ("train/ratio_clipped_frac", tokens.student.sampled, tokens.old_logprobs, ratio_clip),
+        ("train/tis_clipped_frac", tokens.old_logprobs, tokens.sampling_logprobs, tis_clip),
+    ):
+        if not isinstance(clip, str):
+            ratio = algo.truncated_ratio(newer, older, clip=clip)
+            weights = weights * ratio
+            counts[name] = ((ratio >= clip) & is_in_loss).sum()
+    return weights, counts
+
+
+def largest(values: Tensor, tokens: Tokens) -> Tensor:
+    """[] the largest of ``values`` [T] among the tokens of the loss; -inf where there are none."""
+    values = values.detach().masked_fill(tokens.weights == 0, float("-inf"))
+    return values.amax() if len(values) else values.new_full((), float("-inf"))

@@ -12,14 +12,17 @@ if TYPE_CHECKING:
 
 
 class Sft(Objective):
-    """Negative log-likelihood of the given response."""
+    """Negative log-likelihood of the given response.
+
+    loss = - sum_t w_t log pi(a_t)
+    """
 
     needs_teacher: ClassVar[bool] = False
     reads_samples: ClassVar[bool] = False
 
     def terms(self, tokens: Tokens, future: Future) -> algo.LossTerms:
         """Imitation of the given tokens; ``future`` is not asked."""
-        ce = -tokens.student.sampled
+        ce = algo.label_cross_entropy(tokens.student)
         imitation = (tokens.weights * ce).sum()
         is_in_loss = tokens.weights != 0
         counts = {"loss/ce_nats": (ce.detach() * is_in_loss).sum()}
