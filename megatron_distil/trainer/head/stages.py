@@ -1,0 +1,529 @@
+"""Future credit over sharded, packed sequences: static stages, one small exchange each, time linear in the rows.
+
+    row      a response token that this rank holds
+    stage    rows whose later rows of the same sequence, on any rank, are in the same or an earlier stage
+    piece    rows of a stage that follow each other in a sequence and lie on one rank; its total is all that travels
+    block    up to 32 rows of a piece, counted from the end of the piece, so that only its first block is partial
+
+Everything but the costs is known on the host before the step. Sums are in float64 and never a difference of running totals.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist  # noqa: TID251 - totals of pieces are gathered over the ranks of a sequence
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.distributed import ProcessGroup  # noqa: TID251 - the type of a group
+
+Ints = NDArray[np.int64]
+R = TypeVar("R", "Level", "Hop", "Stage")
+
+BLOCK = 32
+"""Entries that one product sums up."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """Entries (rows, or the blocks of the level below) in blocks; every piece begins a new block."""
+
+    slots: Tensor
+    """[entries] int64 into ``blocks * BLOCK``."""
+    blocks: int
+
+
+@dataclass(frozen=True)
+class Hop:
+    """From a node to the one ``2^k`` further along its sequence."""
+
+    target: Tensor
+    """[nodes] int64 into the nodes; the last node is the end of every sequence."""
+    span: Tensor
+    """[nodes] float64: rows on the way."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the scan of one stage needs on one rank.
+
+    The nodes are the pieces of all ranks in the order in which their totals arrive (``ranks * width``, some unused), then
+    what the earlier stages say about each sequence of this stage, then an end that is zero.
+    """
+
+    rows: Tensor
+    """[n] int64 local rows, rising; n may be 0."""
+    later: Tensor
+    """[n] float64: later rows of the sequence on all ranks, at least 1."""
+    levels: tuple[Level, ...]
+    """From rows up to one block per piece."""
+    block_piece: Tensor
+    """[blocks of rows] int64: local piece."""
+    block_after: Tensor
+    """[blocks of rows] float64: rows of the piece after the block."""
+    first: Tensor
+    """[local pieces] int64: slot of the first row."""
+    after: Tensor
+    """[local pieces] int64: the node behind each piece."""
+    hops: tuple[Hop, ...]
+    width: int
+    """Pieces of the busiest rank."""
+    sequences: Tensor
+    """[sequences of this stage] int64 into those of the plan."""
+    heads: Tensor
+    """[sequences of this stage] int64: the node of the earliest piece."""
+
+
+@dataclass(frozen=True)
+class CreditPlan:
+    """How one rank's rows are scanned; the same number of stages on every rank."""
+
+    stages: tuple[Stage, ...]
+    """In processing order: the last tokens first."""
+    num_rows: int
+    """Rows of this rank."""
+    num_sequences: int
+    num_ranks: int
+
+    def to(self, device: torch.device | str) -> CreditPlan:
+        """The plan with its tensors on ``device``."""
+        return replace(self, stages=tuple(_moved(stage, torch.device(device)) for stage in self.stages))
+
+
+def _moved(record: R, device: torch.device) -> R:
+    changes = {}
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if isinstance(value, Tensor):
+            changes[field.name] = value.to(device, non_blocking=True)
+        elif isinstance(value, tuple):
+            changes[field.name] = tuple(_moved(one, device) for one in value)
+    return replace(record, **changes)
+
+
+class _Rows(NamedTuple):
+    """The rows of all ranks, in token order."""
+
+    rank: Ints
+    local: Ints
+    """Place among the rows of its rank."""
+    sequence: Ints
+    """From 0, over sequences that have rows."""
+
+
+class _Pieces(NamedTuple):
+    """The pieces of all ranks, in token order or, after ``_by_stage``, stage after stage."""
+
+    size: Ints
+    rank: Ints
+    sequence: Ints
+    stage: Ints
+    slot: Ints
+    """Place among the pieces of its stage on its rank."""
+
+
+class _Own(NamedTuple):
+    """The rows of one rank, stage after stage."""
+
+    local: Ints
+    later: Ints
+    """Later rows of the sequence."""
+    slot: Ints
+    """Of its piece."""
+    after: Ints
+    """Later rows of the piece."""
+
+
+def credit_plan(
+    order: Tensor, segment_ids: Tensor, is_row: Tensor, rank: int, *, stage_rows: int | None = None
+) -> CreditPlan:
+    """The stages of one rank. On the host, without communication; linear in the tokens.
+
+    One rank is cut every ``stage_rows`` rows from the end, wherever that falls in a sequence. Several ranks are cut between
+    sequences, and inside a sequence where a rank would have to come a second time (the halves of the two-chunk layout); a
+    stage is longer than asked where nothing else is possible.
+
+    Args:
+        order: [ranks, T/ranks] int64, the tokens of each rank of the group in its order, as ``cp.SequenceCut.order``.
+        segment_ids: [T] int, equal for tokens of one sequence, and contiguous; -1 in padding.
+        is_row: [T] bool, True at response tokens. Local row i is the i-th of them in ``order[rank]``.
+        rank: of this process in the group.
+        stage_rows: rows of a stage on the busiest rank, about; None: a single stage.
+
+    Raises:
+        ValueError: shapes that do not fit, a token that two ranks hold, a row in padding, ``stage_rows`` below 1.
+    """
+    tokens, segments, mask = (tensor.cpu().numpy() for tensor in (order, segment_ids, is_row))
+    _check(tokens, segments, mask, rank, stage_rows)
+    rows = _rows(tokens, segments, mask)
+    stage = _stages(rows, len(tokens), stage_rows)
+    piece = _run_ids(rows.sequence, rows.rank, stage)
+    pieces = _pieces(rows, stage, piece, len(tokens))
+    own, bounds = _own_rows(rows, stage, piece, pieces, rank)
+    pieces, ends = _by_stage(pieces, len(bounds) - 1)
+    return CreditPlan(
+        stages=tuple(
+            _stage(_Own(*(x[a:b] for x in own)), _Pieces(*(x[c:d] for x in pieces)), rank, len(tokens))
+            for a, b, c, d in zip(bounds, bounds[1:], ends, ends[1:], strict=False)
+        ),
+        num_rows=len(own.local),
+        num_sequences=int(rows.sequence.max(initial=-1)) + 1,
+        num_ranks=len(tokens),
+    )
+
+
+def _check(tokens: Ints, segments: NDArray, mask: NDArray, rank: int, stage_rows: int | None) -> None:
+    if tokens.ndim != 2 or segments.ndim != 1 or segments.shape != mask.shape:
+        shapes = f"{tokens.shape}, {segments.shape}, {mask.shape}"
+        raise ValueError(
+            f"order, segment_ids and is_row must be [ranks, T/ranks], [T] and [T]; their shapes are {shapes}"
+        )
+    if not 0 <= rank < len(tokens):
+        raise ValueError(f"rank {rank} of {len(tokens)} ranks; give 0 to {len(tokens) - 1}")
+    if stage_rows is not None and stage_rows < 1:
+        raise ValueError(f"stage_rows = {stage_rows}; give 1 or more, or None for a single stage")
+    holders = np.bincount(tokens.ravel(), minlength=len(mask))
+    if len(holders) > len(mask) or (holders[mask] != 1).any():
+        raise ValueError("order must name each response token once, and no token beyond T; shards of tp are not copies")
+    if (segments[mask] < 0).any():
+        at = int(np.flatnonzero(mask & (segments < 0))[0])
+        raise ValueError(f"token {at} is a row in padding (segment -1); a row belongs to a sequence")
+
+
+def _rows(tokens: Ints, segments: NDArray, mask: NDArray) -> _Rows:
+    is_row = mask[tokens]
+    local = np.cumsum(is_row, axis=1) - 1
+    place = np.full(len(mask), -1)
+    place[tokens[is_row]] = np.flatnonzero(is_row)
+    place = place[place >= 0]
+    return _Rows(
+        rank=place // max(1, tokens.shape[1]),
+        local=local.ravel()[place],
+        sequence=_run_ids(segments[mask]),
+    )
+
+
+def _stages(rows: _Rows, num_ranks: int, stage_rows: int | None) -> Ints:
+    """[rows] the stage of each row: never smaller than that of a later row of its sequence."""
+    if stage_rows is None:
+        return np.zeros(len(rows.rank), dtype=np.int64)
+    behind = _counts_behind(rows.rank)
+    if num_ranks > 1:
+        behind = _suffix_max(rows.sequence, _of_items(rows, behind, num_ranks))
+    stage = behind // stage_rows
+    is_used = np.bincount(stage, minlength=1) > 0
+    return (np.cumsum(is_used) - 1)[stage]
+
+
+def _of_items(rows: _Rows, behind: Ints, num_ranks: int) -> Ints:
+    """[rows] ``behind``, but equal inside an item on several ranks: the largest among the ends of its ranks.
+
+    An item is a part of a sequence in which each rank comes once.
+    """
+    item = _run_ids(rows.sequence, _levels(rows, num_ranks))
+    end = np.full((int(item.max(initial=-1)) + 1, num_ranks), -1)
+    end[item, rows.rank] = behind  # of equal indices the last one stays: the last row of each rank
+    is_shared = (end >= 0).sum(axis=1) > 1
+    return np.where(is_shared[item], end.max(axis=1)[item], behind)
+
+
+def _levels(rows: _Rows, num_ranks: int) -> Ints:
+    """[rows] how often the rank of a row, or of a later one, has come before, counted from the end of the sequence."""
+    run = _run_ids(rows.sequence, rows.rank)
+    first, size = _first_of_runs(run), np.bincount(run)
+    sequence = rows.sequence[first]
+    level = _suffix_max(sequence, _counts_behind(sequence * num_ranks + rows.rank[first]))
+    # The run in which two items meet is on one rank: cut so that this rank has no more of the later item than the others.
+    item = _run_ids(sequence, level)
+    head = _first_of_runs(item)
+    others = size.copy()
+    others[head] = 0
+    longest = np.maximum.reduceat(others, head) if len(head) else head
+    has_earlier = np.append(False, sequence[head[1:]] == sequence[head[:-1]])
+    excess = np.zeros(len(size), dtype=np.int64)
+    excess[head] = np.where(has_earlier & (longest > 0), np.maximum(size[head] - longest, 0), 0)
+    within = np.arange(len(run)) - first[run]
+    return level[run] + (within < excess[run])
+
+
+def _pieces(rows: _Rows, stage: Ints, piece: Ints, num_ranks: int) -> _Pieces:
+    first = _first_of_runs(piece)
+    rank, stages = rows.rank[first], stage[first]
+    return _Pieces(
+        size=np.bincount(piece),
+        rank=rank,
+        sequence=rows.sequence[first],
+        stage=stages,
+        slot=_counts_before(stages * num_ranks + rank),
+    )
+
+
+def _by_stage(pieces: _Pieces, num_stages: int) -> tuple[_Pieces, list[int]]:
+    order = np.argsort(pieces.stage, kind="stable")
+    return _Pieces(*(column[order] for column in pieces)), _bounds(pieces.stage, num_stages)
+
+
+def _own_rows(rows: _Rows, stage: Ints, piece: Ints, pieces: _Pieces, rank: int) -> tuple[_Own, list[int]]:
+    mine = np.flatnonzero(rows.rank == rank)
+    place = np.empty(len(mine), dtype=np.int64)
+    place[rows.local[mine]] = mine
+    place = place[_stable_order(stage[place])]
+    end_of_sequence = np.cumsum(np.bincount(rows.sequence))
+    end_of_piece = np.cumsum(pieces.size)
+    own = _Own(
+        local=rows.local[place],
+        later=end_of_sequence[rows.sequence[place]] - 1 - place,
+        slot=pieces.slot[piece[place]],
+        after=end_of_piece[piece[place]] - 1 - place,
+    )
+    return own, _bounds(stage[mine], int(stage.max(initial=0)) + 1)
+
+
+def _stage(own: _Own, pieces: _Pieces, rank: int, num_ranks: int) -> Stage:
+    is_mine = pieces.rank == rank
+    size = pieces.size[is_mine]
+    blocks = -(-size // BLOCK)
+    ends = np.cumsum(blocks) * BLOCK
+    levels = [Level(slots=_tensor(ends[own.slot] - 1 - own.after), blocks=int(blocks.sum()))]
+    levels += _upper_levels(blocks)
+    block_piece = np.repeat(np.arange(len(blocks)), blocks)
+    block_after = (np.cumsum(blocks)[block_piece] - 1 - np.arange(len(block_piece))) * BLOCK
+    width = int(pieces.slot.max(initial=-1)) + 1
+    node = pieces.rank * width + pieces.slot
+    sequence = _run_ids(pieces.sequence)
+    heads = _first_of_runs(sequence)
+    hops = _hops(node, sequence, pieces.size, num_ranks * width)
+    return Stage(
+        rows=_tensor(own.local),
+        later=_tensor(np.maximum(own.later, 1).astype(np.float64)),
+        levels=tuple(levels),
+        block_piece=_tensor(block_piece),
+        block_after=_tensor(block_after.astype(np.float64)),
+        first=_tensor(ends - size),
+        after=hops[0].target[_tensor(node[is_mine])],
+        hops=hops,
+        width=width,
+        sequences=_tensor(pieces.sequence[heads]),
+        heads=_tensor(node[heads]),
+    )
+
+
+def _upper_levels(blocks: Ints) -> list[Level]:
+    """The levels over ``blocks[p]`` entries of each piece."""
+    levels = []
+    while blocks.max(initial=1) > 1:
+        entries, blocks = blocks, -(-blocks // BLOCK)
+        piece = np.repeat(np.arange(len(entries)), entries)
+        after = np.cumsum(entries)[piece] - 1 - np.arange(len(piece))
+        levels.append(Level(slots=_tensor(np.cumsum(blocks)[piece] * BLOCK - 1 - after), blocks=int(blocks.sum())))
+    return levels
+
+
+def _hops(node: Ints, sequence: Ints, size: Ints, first_carry: int) -> tuple[Hop, ...]:
+    """Doubling along each sequence: its pieces, then its carry, then the end."""
+    num_sequences = int(sequence.max(initial=-1)) + 1
+    end = first_carry + num_sequences
+    target, span = np.full(end + 1, end), np.zeros(end + 1)
+    is_last = np.append(sequence[1:] != sequence[:-1], True)[: len(node)]
+    target[node] = np.where(is_last, first_carry + sequence, np.append(node[1:], 0)[: len(node)])
+    span[node] = size
+    hops = [Hop(target=_tensor(target), span=_tensor(span))]
+    while (target[target] != end).any():
+        target, span = target[target], span + span[target]
+        hops.append(Hop(target=_tensor(target), span=_tensor(span)))
+    return tuple(hops)
+
+
+def _run_ids(*columns: NDArray) -> Ints:
+    """[n] from 0: rises where one of the columns changes."""
+    is_new = np.zeros(len(columns[0]), dtype=np.int64)
+    for column in columns:
+        is_new[1:] |= column[1:] != column[:-1]
+    return np.cumsum(is_new)
+
+
+def _first_of_runs(run: Ints) -> Ints:
+    return np.flatnonzero(np.append(True, run[1:] != run[:-1])[: len(run)])
+
+
+def _stable_order(keys: Ints) -> Ints:
+    # numpy sorts 16-bit integers by radix, in linear time
+    narrow = keys.max(initial=0) <= np.iinfo(np.uint16).max
+    return np.argsort(keys.astype(np.uint16) if narrow else keys, kind="stable")
+
+
+def _counts_before(keys: Ints) -> Ints:
+    """[n] earlier entries of equal key."""
+    order = _stable_order(keys)
+    run = _run_ids(keys[order])
+    counts = np.empty(len(keys), dtype=np.int64)
+    counts[order] = np.arange(len(keys)) - _first_of_runs(run)[run]
+    return counts
+
+
+def _counts_behind(keys: Ints) -> Ints:
+    """[n] later entries of equal key."""
+    return _counts_before(keys[::-1])[::-1]
+
+
+def _suffix_max(group: Ints, values: Ints) -> Ints:
+    """[n] the largest of this and the later values of the group; ``group`` rises."""
+    bound = int(values.max(initial=0)) + 1
+    backwards = group.max(initial=0) - group[::-1]
+    highest: Ints = np.maximum.accumulate(backwards * bound + values[::-1])
+    return (highest - backwards * bound)[::-1]
+
+
+def _bounds(stage: Ints, num_stages: int) -> list[int]:
+    return [0, *np.cumsum(np.bincount(stage, minlength=num_stages)).tolist()]
+
+
+def _tensor(values: NDArray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values))
+
+
+class _Weights(NamedTuple):
+    """Powers of a discount g inside of a block."""
+
+    product: Tensor
+    """[BLOCK, BLOCK + 1]: what lies later in the block, g^(i - t - 1) for i > t; in the last column its total, g^i."""
+    decay: Tensor
+    """[BLOCK] of what lies behind the block, g^(BLOCK - 1 - t)."""
+
+
+class CreditScan:
+    """Credit of the stages of one microbatch, in order; what they say about a sequence is carried to the next ones."""
+
+    def __init__(self, plan: CreditPlan, group: ProcessGroup | None, device: torch.device | str) -> None:
+        """Move the plan to ``device``.
+
+        Args:
+            plan: of this rank.
+            group: the ranks of the plan; None where it is one.
+            device: of the costs.
+
+        Raises:
+            ValueError: the group has another number of ranks than the plan.
+        """
+        size = 1 if group is None else group.size()
+        if size != plan.num_ranks:
+            raise ValueError(f"the plan is made for {plan.num_ranks} ranks, the group has {size}")
+        self._plan = plan.to(device)
+        self._group = group
+        self._carries: list[Tensor] = []
+        """[sequences] float64 for each call within a stage: the discounted sum of the rows that are done."""
+        self._stage, self._call = -1, 0
+        self._weights: dict[float, _Weights] = {}
+
+    @torch.no_grad()
+    def credit(self, stage: int, cost: Tensor, *, mean: bool, discount: float) -> Tensor:
+        """``algo.future_credit`` of the rows of one stage. Collective over the group, also without rows.
+
+            c_t = sum over later rows i of the sequence:  discount^(rows between t and i) * cost_i
+                  (``mean``: / max(1, number of later rows of the sequence))
+
+        One all-gather of one float64 per piece where there are several ranks. No synchronisation with the device. A cost
+        that is not finite spoils its own sequence only.
+
+        Args:
+            stage: 0, 1, ...; the same again for another cost of this stage, as often in each stage.
+            cost: [n] float, of ``plan.stages[stage].rows``. Treated as a constant.
+            mean: divide by the number of later rows.
+            discount: weight of the next row, in [0, 1].
+
+        Returns:
+            [n] of the dtype of ``cost``, without gradient.
+
+        Raises:
+            ValueError: a stage out of order, asked more or less often than the first, or with a cost of another length.
+        """
+        part = self._plan.stages[stage]
+        if cost.shape != part.rows.shape:
+            raise ValueError(
+                f"stage {stage} has {len(part.rows)} rows on this rank, its cost has shape {tuple(cost.shape)}"
+            )
+        carry = self._carry(stage, cost)
+        weights = self._powers(discount, cost.device)
+        placed = _blocks(cost.double(), part.levels[0])
+        product = placed @ weights.product
+        inside, behind = product[:, :BLOCK], self._behind(product[:, BLOCK], part.levels[1:], discount**BLOCK)
+        block, at = part.first // BLOCK, part.first % BLOCK
+        totals = placed[block, at] + discount * (inside[block, at] + behind[block] * weights.decay[at])
+        nodes = torch.cat([self._everyone(totals, part.width), carry[part.sequences], carry.new_zeros(1)])
+        for hop in part.hops:
+            nodes = torch.addcmul(nodes, discount**hop.span, nodes[hop.target])
+        carry[part.sequences] = nodes[part.heads]
+        behind = torch.addcmul(behind, discount**part.block_after, nodes[part.after][part.block_piece])
+        credit = torch.addcmul(inside, behind[:, None], weights.decay).flatten().index_select(0, part.levels[0].slots)
+        return (credit / part.later if mean else credit).to(cost.dtype)
+
+    def _carry(self, stage: int, cost: Tensor) -> Tensor:
+        if stage == self._stage:
+            self._call += 1
+        elif stage == self._stage + 1 and (stage == 0 or self._call + 1 == len(self._carries)):
+            self._stage, self._call = stage, 0
+        else:
+            raise ValueError(
+                f"stage {stage} after {self._call + 1} of {len(self._carries)} calls for stage {self._stage}; "
+                "stages come in order, each as often as the first"
+            )
+        if stage == 0:
+            self._carries.append(cost.new_zeros(self._plan.num_sequences, dtype=torch.float64))
+        if self._call >= len(self._carries):
+            raise ValueError(f"stage {stage} was asked {self._call + 1} times, stage 0 only {len(self._carries)}")
+        return self._carries[self._call]
+
+    def _behind(self, totals: Tensor, levels: tuple[Level, ...], discount: float) -> Tensor:
+        """[entries] -> [entries]: sum over the later entries of the piece."""
+        if not levels:
+            return torch.zeros_like(totals)
+        weights = self._powers(discount, totals.device)
+        product = _blocks(totals, levels[0]) @ weights.product
+        behind = self._behind(product[:, BLOCK], levels[1:], discount**BLOCK)
+        whole = torch.addcmul(product[:, :BLOCK], behind[:, None], weights.decay)
+        return whole.flatten().index_select(0, levels[0].slots)
+
+    def _everyone(self, totals: Tensor, width: int) -> Tensor:
+        """[pieces of this rank] -> [ranks * width]."""
+        if self._group is None or self._group.size() == 1 or width == 0:
+            return totals
+        mine = totals.new_zeros(width)
+        mine[: len(totals)] = totals
+        parts = mine.new_empty(width * self._group.size())
+        dist.all_gather_single(parts, mine, group=self._group)
+        return parts
+
+    def _powers(self, discount: float, device: torch.device) -> _Weights:
+        if discount not in self._weights:
+            entry = torch.arange(BLOCK, dtype=torch.float64, device=device)
+            gap = entry[:, None] - entry - 1
+            inside = torch.where(gap >= 0, discount ** gap.clamp(min=0), 0.0)
+            total = (discount**entry)[:, None]
+            self._weights[discount] = _Weights(product=torch.cat([inside, total], 1), decay=discount ** entry.flip(0))
+        return self._weights[discount]
+
+
+def future_credit(cost: Tensor, plan: CreditPlan, group: ProcessGroup | None, *, mean: bool, discount: float) -> Tensor:
+    """``algo.future_credit`` of all local rows at once: ``CreditScan.credit`` of a plan of one stage.
+
+    Args:
+        cost: [plan.num_rows] float. Treated as a constant.
+        plan: made with ``stage_rows=None``.
+        group: the ranks of the plan; None where it is one.
+        mean: divide by the number of later rows.
+        discount: weight of the next row, in [0, 1].
+
+    Raises:
+        ValueError: the plan has several stages.
+    """
+    if len(plan.stages) != 1:
+        raise ValueError(f"the plan has {len(plan.stages)} stages; make it with stage_rows=None")
+    return CreditScan(plan, group, cost.device).credit(0, cost, mean=mean, discount=discount)
+
+
+def _blocks(entries: Tensor, level: Level) -> Tensor:
+    """[entries] -> [blocks, BLOCK], 0 in front of the first entry of a piece."""
+    return entries.new_zeros(level.blocks * BLOCK).scatter_(0, level.slots, entries).view(level.blocks, BLOCK)
