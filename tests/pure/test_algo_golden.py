@@ -119,6 +119,94 @@ def test_loss_and_gradient_equal_the_golden_vector(name, mean):
     assert (z.grad[3] == 0).all()
 
 
+# (tail, support): for each divergence its rows, the loss with credit from the sum and with credit from the mean
+LOCAL = {"ce": algo.topk_cross_entropy, "rkl": algo.reverse_kl, "js": algo.jensen_shannon}
+GOLDEN_LOSSES = {
+    ("none", "full"): {
+        "ce": ([1.048873, 1.160887, 1.575579], 0.156770, 1.178248),
+        "rkl": ([0.412070, 0.267441, 0.278148], 0.270421, 0.474080),
+        "js": ([0.075087, 0.063184, 0.069834], 0.038519, 0.088173),
+    },
+    ("none", "teacher"): {"ce": ([0.769219, 0.870817, 0.809935], 0.380084, 1.007481)},
+    ("none", "student"): {"ce": ([0.617200, 0.870817, 0.809935], 0.228065, 0.855462)},
+    ("bucket", "teacher"): {
+        "ce": ([0.897327, 1.046223, 1.304584], 0.180206, 1.057724),
+        "rkl": ([0.218631, 0.254574, 0.219211], 0.118097, 0.294953),
+        "js": ([0.049083, 0.061014, 0.052980], 0.024655, 0.067207),
+    },
+    ("bucket", "student"): {
+        "ce": ([0.902045, 1.046223, 1.304584], 0.184925, 1.062442),
+        "rkl": ([0.399468, 0.254574, 0.219211], 0.298934, 0.475790),
+        "js": ([0.072126, 0.061014, 0.052980], 0.047698, 0.090250),
+    },
+    ("renorm", "teacher"): {
+        "ce": ([0.443370, 0.629032, 0.952613], -0.114469, 0.475933),
+        "rkl": ([0.068172, 0.244896, 0.243860], -0.053374, 0.129071),
+        "js": ([0.015345, 0.053539, 0.062656], -0.018262, 0.025112),
+    },
+    ("renorm", "student"): {
+        "ce": ([0.497790, 0.629032, 0.952613], -0.060049, 0.530353),
+        "rkl": ([0.518362, 0.244896, 0.243860], 0.396816, 0.579261),
+        "js": ([0.090372, 0.053539, 0.062656], 0.056765, 0.100139),
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize(
+    ("tail", "kind", "name"), [(*key, name) for key, table in GOLDEN_LOSSES.items() for name in table]
+)
+def test_every_loss_equals_its_golden_vector(tail, kind, name, dtype):
+    rows, loss_sum, loss_mean = GOLDEN_LOSSES[tail, kind][name]
+    ids, teacher_logprobs = support(kind)
+    student = algo.columns(Z.to(dtype), ids, SAMPLED)
+    local = LOCAL[name](teacher_logprobs.to(dtype), student, tail=tail)
+    near = 2e-6 if dtype == torch.float64 else 1e-5
+    assert local[:3].tolist() == pytest.approx(rows, abs=near)
+    for mean, want in ((False, loss_sum), (True, loss_mean)):
+        credit = algo.future_credit(local, MASK, SEGMENTS, mean=mean)
+        terms = algo.distil_terms(local, student.sampled, credit, MASK.to(dtype))
+        assert (terms.imitation + terms.credit).item() == pytest.approx(want, abs=2 * near)
+        weights = algo.token_weights(MASK, SEGMENTS, reduction="token-mean", denominator=3)
+        terms = algo.distil_terms(local, student.sampled, credit, weights)
+        assert (terms.imitation + terms.credit).item() == pytest.approx(want / 3, abs=near)
+
+
+def test_the_inputs_of_the_golden_vector_are_as_written():
+    log_pi = algo.columns(Z, torch.zeros(4, 0, dtype=torch.int64), SAMPLED).sampled
+    assert log_pi.tolist() == pytest.approx([-0.746567, -1.006368, -0.506613, -8.00281], abs=1e-6)
+    assert algo.top_k(TEACHER, 2).ids.tolist() == [[0, 1], [2, 1], [3, 1], [1, 2]]
+    assert algo.top_k(Z, 2).ids.tolist() == [[0, 3], [2, 1], [1, 3], [0, 2]]
+    mass = {"full": [1.0] * 3, "teacher": [0.877427, 0.839535, 0.677235], "student": [0.801267, 0.839535, 0.677235]}
+    for kind, want in mass.items():
+        assert support(kind)[1].exp().sum(-1)[:3].tolist() == pytest.approx(want, abs=1e-6)
+
+
+def test_clipped_policy_terms_equal_the_golden_vector():
+    old, advantages = torch.tensor([-1.0, -1.0, -2.0]), torch.tensor([1.0, -1.0, -1.0])
+    log_pi = Z.log_softmax(-1).gather(-1, SAMPLED[:, None])[:3, 0]
+    bounds = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0}
+    losses = [
+        algo.clipped_policy_terms(log_pi[i], old[i], advantages[i], torch.tensor(1.0), **bounds).credit.item()
+        for i in range(3)
+    ]
+    assert (log_pi - old).exp().tolist() == pytest.approx([1.288441, 0.993652, 4.452151], abs=1e-6)
+    assert losses == pytest.approx([-1.28, 0.993652, 3.0], abs=1e-6)
+    whole = algo.clipped_policy_terms(log_pi, old, advantages, torch.ones(3), **bounds)
+    assert whole.credit.item() == pytest.approx(-1.28 + 0.993652 + 3.0, abs=1e-6)
+    assert whole.counts["train/ratio_clipped_frac"] == 2
+
+
+def test_a_padded_position_of_zeros_costs_nothing():
+    # A clamped tail makes such a position cost 1.612e-06, and 8192 of them 0.0132 in the credit of those before.
+    zeros = torch.zeros(1, 20)
+    clamped = -torch.expm1(zeros.logsumexp(-1).clamp(max=-1e-7))
+    assert (-clamped * clamped.log()).item() == pytest.approx(1.612e-6, rel=1e-3)
+    student = algo.Columns(support=zeros, tail=torch.zeros(1), sampled=torch.zeros(1))
+    unused = torch.full((1, 20), -torch.inf)
+    assert algo.topk_cross_entropy(unused, student, tail="bucket").item() == 0.0
+
+
 def test_a_suffix_sum_that_forgets_the_mask_is_caught_by_the_vector():
     ids, teacher_logprobs = support("full")
     ce = algo.topk_cross_entropy(teacher_logprobs, algo.columns(Z, ids, SAMPLED), tail="none")
