@@ -44,7 +44,11 @@ app = typer.Typer(
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or a name in launchers/recipes.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the recipe's, e.g. train.num_steps=100."),
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Settings that replace the recipe's, e.g. train.num_steps=100; objective.name=grpo for another method (of the "
+        "recipe's objective it keeps what it has too); preset=release-coding for all settings of a published one.",
+    ),
 ]
 RunDir = Annotated[
     Path | None, typer.Option("--run", metavar="DIR", help="The run directory; resumes what is in it.  [runs/RECIPE]")

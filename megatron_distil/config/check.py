@@ -221,9 +221,14 @@ def _credit(config: Config) -> Iterator[Problem]:
 def _teacher(config: Config) -> Iterator[Problem]:
     teacher = config.teacher
     settings: Mapping[str, object] = config.objective.model_dump()
-    if teacher.support != "full" and config.objective.name in DIVERGENCES and settings.get("tail") == "none":
+    if (
+        teacher.support != "full"
+        and config.objective.name in DIVERGENCES
+        and settings.get("tail") == "none"
+        and settings.get("divergence") != "rkl_sampled"
+    ):
         reason = f'between parts of two distributions there is no divergence, and teacher.support = "{teacher.support}"'
-        hint = 'Write "bucket" or "renorm", or teacher.support = "full".'
+        hint = 'Write "renorm", or teacher.support = "full".'
         yield Problem("objective.tail", "none", reason, hint)
     if teacher.support == "full" and settings.get("tail", "none") != "none":
         reason = 'with teacher.support = "full" there is nothing outside the support'

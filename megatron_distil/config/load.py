@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 
 from megatron_distil.algo.objectives import objective_class, objective_names
 from megatron_distil.config import check
+from megatron_distil.config.preset import preset_names, read_preset
 from megatron_distil.config.schema import Config, EvalSet, Identity
 from megatron_distil.errors import MISSING, ConfigError, Problem
 
@@ -44,8 +45,10 @@ class Assignment(NamedTuple):
 def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration that a recipe and its overrides describe.
 
-    ``objective.name=...`` as an override keeps of the recipe's ``[objective]`` what the new objective has too: the rest
-    described another method. What an override says is never dropped.
+    A preset that the recipe names gives what its tables leave out. ``preset=...`` as an override goes before the recipe's
+    tables, and replaces ``[objective]`` as a whole; other overrides go before both, wherever they stand.
+    ``objective.name=...`` as an override keeps of ``[objective]`` what the new objective has too: the rest described another
+    method. What an override says is never dropped.
 
     Args:
         recipe: a TOML file, or the name of one in ``launchers/recipes`` without its ending.
@@ -58,7 +61,9 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     read = [_assignment(override) for override in overrides]
     assignments = [one for one in read if isinstance(one, Assignment)]
     problems = [one for one in read if isinstance(one, Problem)]
-    _fit_objective(table, assignments)
+    table = _with_preset(table, _last(assignments, "preset"), problems)
+    if "objective" in table:
+        table["objective"] = _fitting(table["objective"], _last(assignments, "objective.name"))
     problems += [problem for one in assignments if (problem := _assign(table, one)) is not None]
     return config_from_table(table, problems)
 
@@ -132,14 +137,43 @@ def _assign(table: dict[str, Any], assignment: Assignment) -> Problem | None:
     return None
 
 
-def _fit_objective(table: dict[str, Any], assignments: Sequence[Assignment]) -> None:
-    """Take out of ``[objective]`` what only the objective of the recipe has, when an override names another one."""
-    objective = table.get("objective")
-    new = next((value for path, value in reversed(assignments) if path == "objective.name"), None)
+def _last(assignments: Sequence[Assignment], path: str) -> Any:
+    return next((one.value for one in reversed(assignments) if one.path == path), None)
+
+
+def _fitting(objective: Any, name: Any) -> Any:
+    """An ``[objective]`` without what only its own objective has, once another one is named."""
     names = objective_names()
-    if isinstance(objective, dict) and objective.get("name") in names and new in names:
-        gone = objective_class(objective["name"]).model_fields.keys() - objective_class(new).model_fields.keys()
-        table["objective"] = {key: value for key, value in objective.items() if key not in gone}
+    if not isinstance(objective, dict) or objective.get("name") not in names or name not in names:
+        return objective
+    gone = objective_class(objective["name"]).model_fields.keys() - objective_class(name).model_fields.keys()
+    return {key: value for key, value in objective.items() if key not in gone}
+
+
+def _with_preset(table: dict[str, Any], asked: Any, problems: list[Problem]) -> dict[str, Any]:
+    """The tables of a recipe and of its preset, or of the one that the command line asks for."""
+    name = table.get("preset") if asked is None else asked
+    if not isinstance(name, str) or not name:
+        return table
+    if name not in preset_names():
+        close = get_close_matches(name, preset_names(), n=3, cutoff=0.5)
+        hint = f"Did you mean {' or '.join(close)}?" if close else f"Presets: {', '.join(preset_names())}."
+        problems.append(Problem("preset", name, "not a preset", hint))
+        return table
+    preset = read_preset(name)
+    if asked is not None:
+        return {**_merged_tables(table, preset), "objective": preset["objective"]}
+    preset["objective"] = _fitting(preset["objective"], _at(table, "objective.name"))
+    return _merged_tables(preset, table)
+
+
+def _merged_tables(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Key by key, two levels deep."""
+    merged = {**below, **above}
+    for key, value in below.items():
+        if isinstance(value, dict) and isinstance(above.get(key), dict):
+            merged[key] = {**value, **above[key]}
+    return merged
 
 
 def _toml_value(text: str) -> Any:

@@ -189,6 +189,34 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
             'anything. Write "score", or objective.future = "mean".'
         ],
     ),
+    "a baseline of nothing": (
+        ["objective.future=none", "objective.baseline=loo_batch"],
+        [
+            "objective.baseline = 'loo_batch': with objective.future = \"none\" there is no credit to take it off. "
+            'Write "none", or objective.future = "mean".'
+        ],
+    ),
+    "a baseline of a factor": (
+        ["objective.future_form=reweight", "objective.baseline=loo_batch"],
+        [
+            "objective.baseline = 'loo_batch': with objective.future_form = \"reweight\" credit is a factor, no policy "
+            'gradient; a baseline would bias it. Write "none", or objective.future_form = "score".'
+        ],
+    ),
+    "a baseline of nobody": (
+        ["objective.baseline=loo_position", "rollout.samples_per_prompt=1"],
+        [
+            "rollout.samples_per_prompt = 1: objective.baseline = loo_position is what the other rollouts cost, and "
+            "there are none. Try 8."
+        ],
+    ),
+    "a divergence between parts": (
+        ["objective.name=sdpo", "objective.tail=none"],
+        [
+            "objective.tail = 'none': between parts of two distributions there is no divergence, and teacher.support = "
+            '"teacher". Write "renorm", or teacher.support = "full".'
+        ],
+    ),
     "references of a task that has none": (
         ["task.name=two_roads", "teacher.demonstration=reference"],
         [
@@ -281,6 +309,10 @@ def test_all_broken_rules_come_at_once(recipe: Path):
         [SUPERVISED, "rollout.prompts_per_step=31", "parallel.dp=2", "teacher.max_context_tokens=9999"],
         ['eval.sets=[{data="a"}, {data="b", prefix="new_"}]', "eval.every_steps=10"],
         ["rollout.samples_per_prompt=1", "teacher.feedback=always"],
+        ["rollout.samples_per_prompt=1", "teacher.feedback=always", "objective.baseline=loo_batch"],
+        ["objective.name=sdpo", "objective.tail=none", "teacher.support=full"],
+        ["objective.name=opsd", "objective.tail=none", "teacher.support=full"],
+        ["objective.name=sdpo", "objective.tail=none", "objective.divergence=rkl_sampled"],
         ["rollout.samples_per_prompt=1", "teacher.feedback=never", "teacher.demonstration=reference"],
         ["teacher.weights=expert", "teacher.model=m", "teacher.max_context_tokens=99999"],
         ["teacher.weights=expert", "teacher.model=m", "teacher.context=prompt", "teacher.max_context_tokens=1"],
