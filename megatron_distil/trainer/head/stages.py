@@ -3,7 +3,7 @@
     row      a response token that this rank holds
     stage    rows whose later rows of the same sequence, on any rank, are in the same or an earlier stage
     piece    rows of a stage that follow each other in a sequence and lie on one rank; its total is all that travels
-    block    up to 32 rows of a piece, counted from the end of the piece, so that only its first block is partial
+    block    up to 16 rows of a piece, counted from the end of the piece, so that only its first block is partial
 
 Everything but the costs is known on the host before the step. Sums are in float64 and never a difference of running totals.
 """
@@ -23,7 +23,7 @@ from torch.distributed import ProcessGroup  # noqa: TID251 - the type of a group
 Ints = NDArray[np.int64]
 R = TypeVar("R", "Level", "Hop", "Stage")
 
-BLOCK = 32
+BLOCK = 16
 """Entries that one product sums up."""
 
 
@@ -32,8 +32,10 @@ class Level:
     """Entries (rows, or the blocks of the level below) in blocks; every piece begins a new block."""
 
     slots: Tensor
-    """[entries] int64 into ``blocks * BLOCK``."""
+    """[entries] int64 into ``BLOCK * stride``; a block is a column."""
     blocks: int
+    stride: int
+    """Columns. Odd, so one may be unused: entries that lie a power of two apart evict each other from a cache."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,10 @@ class Stage:
     """[blocks of rows] int64: local piece."""
     block_after: Tensor
     """[blocks of rows] float64: rows of the piece after the block."""
-    first: Tensor
-    """[local pieces] int64: slot of the first row."""
+    first_block: Tensor
+    """[local pieces] int64: block of the first row."""
+    first_entry: Tensor
+    """[local pieces] int64: its place in that block."""
     after: Tensor
     """[local pieces] int64: the node behind each piece."""
     hops: tuple[Hop, ...]
@@ -286,11 +290,9 @@ def _stage(own: _Own, pieces: _Pieces, rank: int, num_ranks: int) -> Stage:
     is_mine = pieces.rank == rank
     size = pieces.size[is_mine]
     blocks = -(-size // BLOCK)
-    ends = np.cumsum(blocks) * BLOCK
-    levels = [Level(slots=_tensor(ends[own.slot] - 1 - own.after), blocks=int(blocks.sum()))]
-    levels += _upper_levels(blocks)
+    ends = np.cumsum(blocks)
     block_piece = np.repeat(np.arange(len(blocks)), blocks)
-    block_after = (np.cumsum(blocks)[block_piece] - 1 - np.arange(len(block_piece))) * BLOCK
+    block_after = (ends[block_piece] - 1 - np.arange(len(block_piece))) * BLOCK
     width = int(pieces.slot.max(initial=-1)) + 1
     node = pieces.rank * width + pieces.slot
     sequence = _run_ids(pieces.sequence)
@@ -299,10 +301,11 @@ def _stage(own: _Own, pieces: _Pieces, rank: int, num_ranks: int) -> Stage:
     return Stage(
         rows=_tensor(own.local),
         later=_tensor(np.maximum(own.later, 1).astype(np.float64)),
-        levels=tuple(levels),
+        levels=(_level(blocks, own.slot, own.after), *_upper_levels(blocks)),
         block_piece=_tensor(block_piece),
         block_after=_tensor(block_after.astype(np.float64)),
-        first=_tensor(ends - size),
+        first_block=_tensor(ends - blocks),
+        first_entry=_tensor(-size % BLOCK),
         after=hops[0].target[_tensor(node[is_mine])],
         hops=hops,
         width=width,
@@ -311,14 +314,22 @@ def _stage(own: _Own, pieces: _Pieces, rank: int, num_ranks: int) -> Stage:
     )
 
 
-def _upper_levels(blocks: Ints) -> list[Level]:
-    """The levels over ``blocks[p]`` entries of each piece."""
+def _level(blocks: Ints, piece: Ints, after: Ints) -> Level:
+    """Blocks of the entries of ``piece`` that have ``after`` more of them behind."""
+    total = int(blocks.sum())
+    stride = total | 1
+    block = np.cumsum(blocks)[piece] - 1 - after // BLOCK
+    return Level(slots=_tensor((BLOCK - 1 - after % BLOCK) * stride + block), blocks=total, stride=stride)
+
+
+def _upper_levels(entries: Ints) -> list[Level]:
+    """The levels over ``entries[p]`` blocks of each piece."""
     levels = []
-    while blocks.max(initial=1) > 1:
-        entries, blocks = blocks, -(-blocks // BLOCK)
+    while entries.max(initial=1) > 1:
         piece = np.repeat(np.arange(len(entries)), entries)
         after = np.cumsum(entries)[piece] - 1 - np.arange(len(piece))
-        levels.append(Level(slots=_tensor(np.cumsum(blocks)[piece] * BLOCK - 1 - after), blocks=int(blocks.sum())))
+        entries = -(-entries // BLOCK)
+        levels.append(_level(entries, piece, after))
     return levels
 
 
@@ -389,9 +400,9 @@ class _Weights(NamedTuple):
     """Powers of a discount g inside of a block."""
 
     product: Tensor
-    """[BLOCK, BLOCK + 1]: what lies later in the block, g^(i - t - 1) for i > t; in the last column its total, g^i."""
+    """[BLOCK + 1, BLOCK]: what lies later in the block, g^(i - t - 1) for i > t; in the last row its total, g^i."""
     decay: Tensor
-    """[BLOCK] of what lies behind the block, g^(BLOCK - 1 - t)."""
+    """[BLOCK, 1] of what lies behind the block, g^(BLOCK - 1 - t)."""
 
 
 class CreditScan:
@@ -446,18 +457,18 @@ class CreditScan:
                 f"stage {stage} has {len(part.rows)} rows on this rank, its cost has shape {tuple(cost.shape)}"
             )
         carry = self._carry(stage, cost)
-        weights = self._powers(discount, cost.device)
-        placed = _blocks(cost.double(), part.levels[0])
-        product = placed @ weights.product
-        inside, behind = product[:, :BLOCK], self._behind(product[:, BLOCK], part.levels[1:], discount**BLOCK)
-        block, at = part.first // BLOCK, part.first % BLOCK
-        totals = placed[block, at] + discount * (inside[block, at] + behind[block] * weights.decay[at])
+        weights, level = self._powers(discount, cost.device), part.levels[0]
+        placed = _placed(cost.double(), level)
+        sums = weights.product @ placed
+        behind = self._behind(sums[BLOCK, : level.blocks], part.levels[1:], discount**BLOCK)
+        at, block = part.first_entry, part.first_block
+        totals = placed[at, block] + discount * (sums[at, block] + weights.decay[at, 0] * behind[block])
         nodes = torch.cat([self._everyone(totals, part.width), carry[part.sequences], carry.new_zeros(1)])
         for hop in part.hops:
             nodes = torch.addcmul(nodes, discount**hop.span, nodes[hop.target])
         carry[part.sequences] = nodes[part.heads]
         behind = torch.addcmul(behind, discount**part.block_after, nodes[part.after][part.block_piece])
-        credit = torch.addcmul(inside, behind[:, None], weights.decay).flatten().index_select(0, part.levels[0].slots)
+        credit = _with_behind(sums, behind, level, weights)
         return (credit / part.later if mean else credit).to(cost.dtype)
 
     def _carry(self, stage: int, cost: Tensor) -> Tensor:
@@ -481,10 +492,9 @@ class CreditScan:
         if not levels:
             return torch.zeros_like(totals)
         weights = self._powers(discount, totals.device)
-        product = _blocks(totals, levels[0]) @ weights.product
-        behind = self._behind(product[:, BLOCK], levels[1:], discount**BLOCK)
-        whole = torch.addcmul(product[:, :BLOCK], behind[:, None], weights.decay)
-        return whole.flatten().index_select(0, levels[0].slots)
+        sums = weights.product @ _placed(totals, levels[0])
+        behind = self._behind(sums[BLOCK, : levels[0].blocks], levels[1:], discount**BLOCK)
+        return _with_behind(sums, behind, levels[0], weights)
 
     def _everyone(self, totals: Tensor, width: int) -> Tensor:
         """[pieces of this rank] -> [ranks * width]."""
@@ -499,10 +509,11 @@ class CreditScan:
     def _powers(self, discount: float, device: torch.device) -> _Weights:
         if discount not in self._weights:
             entry = torch.arange(BLOCK, dtype=torch.float64, device=device)
-            gap = entry[:, None] - entry - 1
+            gap = entry - entry[:, None] - 1
             inside = torch.where(gap >= 0, discount ** gap.clamp(min=0), 0.0)
-            total = (discount**entry)[:, None]
-            self._weights[discount] = _Weights(product=torch.cat([inside, total], 1), decay=discount ** entry.flip(0))
+            self._weights[discount] = _Weights(
+                product=torch.cat([inside, discount ** entry[None]]), decay=discount ** entry.flip(0)[:, None]
+            )
         return self._weights[discount]
 
 
@@ -524,6 +535,13 @@ def future_credit(cost: Tensor, plan: CreditPlan, group: ProcessGroup | None, *,
     return CreditScan(plan, group, cost.device).credit(0, cost, mean=mean, discount=discount)
 
 
-def _blocks(entries: Tensor, level: Level) -> Tensor:
-    """[entries] -> [blocks, BLOCK], 0 in front of the first entry of a piece."""
-    return entries.new_zeros(level.blocks * BLOCK).scatter_(0, level.slots, entries).view(level.blocks, BLOCK)
+def _placed(entries: Tensor, level: Level) -> Tensor:
+    """[entries] -> [BLOCK, stride], 0 in front of the first entry of a piece."""
+    empty = entries.new_zeros(BLOCK * level.stride)
+    return empty.scatter_(0, level.slots, entries).view(BLOCK, level.stride)
+
+
+def _with_behind(sums: Tensor, behind: Tensor, level: Level, weights: _Weights) -> Tensor:
+    """[BLOCK + 1, stride] inside of the blocks, [blocks] behind them -> [entries] together. ``sums`` is overwritten."""
+    sums[:BLOCK, : level.blocks].addcmul_(weights.decay, behind)
+    return sums.view(-1).index_select(0, level.slots)
