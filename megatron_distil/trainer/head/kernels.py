@@ -1,13 +1,16 @@
-"""The passes over a chunk of logits that no matrix product does: one function each, for a CPU in PyTorch.
+"""The passes over a chunk of logits that no matrix product does: Triton on a GPU, PyTorch elsewhere.
 
 Every function works on one rank's rows of the output layer and gives local results; sums over tp are the caller's. Each is
-deterministic (no atomics), never waits for the device, and is as precise as its operands: float32 or float64.
+deterministic (no atomics) and never waits for the device. The PyTorch form of each, ``_NAME_torch``, is what its kernel in
+``triton_kernels.py`` is compared with; float64 has no other form, save in the scan.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from functools import cache
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,6 +70,9 @@ def exp_stats(logits: Tensor, support: Tensor, sampled: Tensor, out: Tensor, siz
     _check_buffer(logits, size)
     if out.shape != logits.shape:
         raise ValueError(f"out is {tuple(out.shape)} and logits are {tuple(logits.shape)}; they need one shape")
+    compiled = _compiled(logits)
+    if compiled is not None and logits.dtype == torch.float32:
+        return ExpStats(*compiled.exp_stats(logits, support, sampled, out, size))
     return _exp_stats_torch(logits, support, sampled, out, size)
 
 
@@ -118,6 +124,10 @@ def patch(
     Source: gradient of ``algo.columns``, divided by the factor of the row.
     """
     _check_buffer(exps, size)
+    compiled = _compiled(exps)
+    if compiled is not None and exps.dtype != torch.float64:
+        compiled.patch(exps, support, sampled, at_support, sampled_exp, at_sampled)
+        return
     _patch_torch(exps, support, sampled, at_support, sampled_exp, at_sampled, size)
 
 
@@ -153,6 +163,9 @@ def block_stats(logits: Tensor, size: int, block: int) -> BlockStats:
     Returns:
         BlockStats of the dtype of ``logits``. An id of logit -inf adds nothing to any of them.
     """
+    compiled = _compiled(logits)
+    if compiled is not None and logits.dtype == torch.float32:
+        return BlockStats(*compiled.block_stats(logits, size, block))
     return _block_stats_torch(logits, size, block)
 
 
@@ -187,6 +200,9 @@ def suffix_scan(values: Tensor, segments: Tensor, carry: Tensor, *, discount: fl
     Returns:
         c [n] float64, and the carry for the next earlier chunk, [S] float64. Segments without a row here keep theirs.
     """
+    compiled = _compiled(values)
+    if compiled is not None:
+        return compiled.suffix_scan(values, segments, carry, discount)
     return _suffix_scan_torch(values, segments, carry, discount)
 
 
@@ -218,9 +234,26 @@ def _cached(logits: Tensor) -> Iterator[slice]:
     return (slice(at, at + step) for at in range(0, len(logits), step))
 
 
-def _check_buffer(logits: Tensor, size: int) -> None:
-    width = logits.shape[1]
+def _check_buffer(buffer: Tensor, size: int) -> None:
+    width = buffer.shape[1]
     if width <= size:
         raise ValueError(
             f"a buffer of {width} columns has no spare one beyond {size} ids; make it {size + 1} wide or more"
         )
+    if buffer.stride(1) != 1:
+        raise ValueError(
+            f"the columns of a buffer lie {buffer.stride(1)} apart; they must be neighbours, as after .contiguous()"
+        )
+
+
+def _compiled(tensor: Tensor) -> Any | None:
+    """The kernels for where ``tensor`` lies; None on a CPU and where Triton is not installed."""
+    return _triton_kernels() if tensor.is_cuda else None
+
+
+@cache
+def _triton_kernels() -> Any | None:
+    try:
+        return import_module("megatron_distil.trainer.head.triton_kernels")
+    except ImportError:
+        return None
