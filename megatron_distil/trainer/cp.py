@@ -59,6 +59,39 @@ def zigzag_order(cu_seqlens: Tensor, cp_size: int) -> Tensor:
     return owner.argsort(stable=True).view(cp_size, total // cp_size)
 
 
+def contiguous_order(total: int, cp_size: int) -> Tensor:
+    """[cp, T/cp] int64: one run of the buffer for each rank.
+
+    Raises:
+        ValueError: ``total`` is not a multiple of cp.
+    """
+    if total % cp_size:
+        raise ValueError(f"{total} tokens are not a multiple of cp = {cp_size}; pad them to {_up(total, cp_size)}")
+    return torch.arange(total).view(cp_size, total // cp_size)
+
+
+def zigzag_buffer_order(total: int, cp_size: int) -> Tensor:
+    """[cp, T/cp] int64: as ``zigzag_order``, of the buffer as if it were one sequence.
+
+    Raises:
+        ValueError: ``total`` is not a multiple of 2 * cp.
+    """
+    return zigzag_order(torch.tensor([0, total]), cp_size)
+
+
+def row_shards(order: Tensor, tp_size: int) -> Tensor:
+    """[cp, T/cp] -> [cp * tp, T/cp/tp]: the tokens of each rank of a cp rank are cut over tp, tp fastest.
+
+    Raises:
+        ValueError: the tokens of a cp rank are not a multiple of tp.
+    """
+    cp_size, tokens = order.shape
+    if tokens % tp_size:
+        wanted = _up(tokens, tp_size)
+        raise ValueError(f"{tokens} tokens of a rank are not a multiple of tp = {tp_size}; pad them to {wanted}")
+    return order.reshape(cp_size * tp_size, tokens // tp_size)
+
+
 def own_part(whole: Tensor, cut: SequenceCut) -> Tensor:
     """[T, ...] -> [T/cp, ...]: the rows of this rank."""
     return whole if cut.group.size() == 1 else whole.index_select(0, cut.own)
@@ -71,3 +104,7 @@ def whole_sequence(part: Tensor, cut: SequenceCut) -> Tensor:
     parts = torch.empty(cut.order.numel(), dtype=part.dtype, device=part.device)
     dist.all_gather_single(parts, part.detach().contiguous(), group=cut.group)
     return torch.empty_like(parts).index_copy_(0, cut.order.flatten(), parts)
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
