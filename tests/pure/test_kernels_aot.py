@@ -17,8 +17,8 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from megatron_distil.trainer.head import triton_kernels as kernels  # noqa: E402
 
-WHOLE = ("size", "width", "logits_stride", "exps_stride", "stride")
-"""What a real vocabulary and its buffers make a multiple of 16."""
+WHOLE = ("width", "logits_stride", "exps_stride", "stride")
+"""What the buffers make a multiple of 16; the size of a vocabulary is none."""
 
 
 class Built(NamedTuple):

@@ -161,6 +161,7 @@ def block_stats_kernel(  # noqa: PLR0913 - a kernel has no records
     totals,
     moments,
     size,
+    width,
     stride,
     num_blocks,
     BLOCK: tl.constexpr,
@@ -174,7 +175,8 @@ def block_stats_kernel(  # noqa: PLR0913 - a kernel has no records
     for first in range(0, num_blocks, COUNT):
         blocks = first + tl.arange(0, COUNT)
         columns = blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-        x = tl.load(logits + row * stride + columns, columns < size, -float("inf")).to(tl.float32)
+        x = tl.load(logits + row * stride + columns, columns < width, -float("inf"))
+        x = tl.where(columns < size, x, -float("inf"))
         largest = tl.max(x, 1)
         tl.store(maxima + row * num_blocks + blocks, largest, blocks < num_blocks)
         peak, total, moment = _rebased(peak, total, moment, tl.maximum(peak, largest))
@@ -203,10 +205,10 @@ def _rebased(peak, total, moment, above):
 
 
 def block_stats(logits: Tensor, size: int, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``kernels.block_stats`` of logits of any float type but float64."""
+    """``kernels.block_stats`` of float32 logits."""
     num_rows, num_blocks = len(logits), -(-size // block)
-    peaks, totals, moments = (logits.new_empty(num_rows, dtype=torch.float32) for _ in range(3))
-    maxima = logits.new_empty(num_rows, num_blocks, dtype=torch.float32)
+    peaks, totals, moments = (logits.new_empty(num_rows) for _ in range(3))
+    maxima = logits.new_empty(num_rows, num_blocks)
     if num_rows:
         block_stats_kernel[(num_rows,)](
             logits,
@@ -215,6 +217,7 @@ def block_stats(logits: Tensor, size: int, block: int) -> tuple[Tensor, Tensor, 
             totals,
             moments,
             size,
+            logits.shape[1],
             logits.stride(0),
             num_blocks,
             BLOCK=block,
