@@ -9,27 +9,24 @@ import torch
 from pydantic import ValidationError
 
 from megatron_distil import algo
-from megatron_distil.algo.objectives import objective_from_table, objective_names
+from megatron_distil.algo.objectives import objective_class, objective_from_table, objective_names
+from megatron_distil.metrics.names import SENTENCE_BY_NAME
 from tests.tokens import tokens_of
 
 T, VOCAB, K = 12, 9, 4
 
 
-def case(sampling_gap=0.0, advantages=None):
+def case(sampling_gap=0.0, old_gap=0.0, **fields):
     draw = torch.Generator().manual_seed(0)
     logits = torch.randn(T, VOCAB, generator=draw, dtype=torch.float64).requires_grad_()
     top = algo.top_k(torch.randn(T, VOCAB, generator=draw, dtype=torch.float64), K)
     sampled = torch.randint(0, VOCAB, (T,), generator=draw)
     student = algo.columns(logits, top.ids, sampled)
     weights = (torch.rand(T, generator=draw, dtype=torch.float64) < 0.8) / T
-    tokens = tokens_of(
-        student,
-        top.logprobs,
-        sampling_logprobs=student.sampled.detach() + sampling_gap,
-        advantages=torch.zeros(T) if advantages is None else advantages,
-        weights=weights,
+    old = student.sampled.detach() + old_gap
+    return logits, tokens_of(
+        student, top.logprobs, old_logprobs=old, sampling_logprobs=old + sampling_gap, weights=weights, **fields
     )
-    return logits, tokens
 
 
 def future(cost, *, mean, discount):
@@ -100,6 +97,131 @@ def test_the_importance_weight_is_truncated_and_counted():
     torch.testing.assert_close(off, plain, rtol=1e-10, atol=1e-15)
 
 
+def test_the_ratio_to_the_policy_before_the_step_multiplies_it():
+    plain, terms = gradient({"name": "distil", "future": "sum"})
+    assert terms.counts["train/ratio_clipped_frac"].item() == 0
+    half, _ = gradient({"name": "distil", "future": "sum"}, old_gap=math.log(2.0))
+    torch.testing.assert_close(half, plain / 2, rtol=1e-10, atol=1e-15)
+    both, terms = gradient({"name": "distil", "future": "sum", "ratio_clip": 3.0}, old_gap=-5.0, sampling_gap=-0.5)
+    torch.testing.assert_close(both, plain * 3 * math.exp(0.5), rtol=1e-10, atol=1e-15)
+    assert terms.counts["train/ratio_clipped_frac"] == in_loss().sum()
+    off, _ = gradient({"name": "distil", "future": "sum", "ratio_clip": "none"}, old_gap=-5.0)
+    torch.testing.assert_close(off, plain, rtol=1e-10, atol=1e-15)
+
+
+def in_loss():
+    return case()[1].weights != 0
+
+
+def test_grpo_takes_its_ratio_to_before_the_step_and_its_weight_from_there_to_the_engine():
+    advantages = torch.linspace(-1, 1, T, dtype=torch.float64)
+    plain, _ = gradient({"name": "grpo"}, advantages=advantages)
+    weighted, terms = gradient({"name": "grpo"}, advantages=advantages, sampling_gap=-0.5)
+    torch.testing.assert_close(weighted, plain * math.exp(0.5), rtol=1e-10, atol=1e-15)
+    assert terms.counts["train/ratio"].item() == pytest.approx(in_loss().sum().item())
+    raised, terms = gradient({"name": "grpo"}, advantages=advantages, old_gap=-0.5)
+    is_up = (advantages > 0)[:, None]
+    torch.testing.assert_close(raised, torch.where(is_up, 0.0, plain * math.exp(0.5)), rtol=1e-10, atol=1e-15)
+    assert terms.counts["train/ratio_clipped_frac"] == ((advantages > 0) & in_loss()).sum()
+
+
+def test_sdpo_by_forward_kl_is_ce():
+    got, terms = gradient({"name": "sdpo", "divergence": "fkl"}, old_gap=0.3, sampling_gap=0.3)
+    want, other = gradient({"name": "ce"}, old_gap=0.3, sampling_gap=0.3)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-15)
+    for name in ("loss/ce_nats", "loss/kl_nats", "train/ratio_clipped_frac", "train/tis_clipped_frac"):
+        assert terms.counts[name].item() == pytest.approx(other.counts[name].item(), rel=1e-10)
+    assert terms.counts["loss/divergence_nats"].item() == pytest.approx(terms.counts["loss/kl_nats"].item(), rel=1e-10)
+    assert not torch.allclose(gradient({"name": "sdpo"})[0], want, rtol=1e-3)
+
+
+def test_opsd_without_a_clip_is_renormalised_ce():
+    got, _ = gradient({"name": "opsd", "entry_clip": "none"}, sampling_gap=1.0)
+    want, _ = gradient({"name": "ce", "tail": "renorm", "tis_clip": "none"})
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-15)
+    clipped, terms = gradient({"name": "opsd"})
+    assert not torch.allclose(clipped, want, rtol=1e-3)
+    assert terms.counts["loss/divergence_nats"] < terms.counts["loss/kl_nats"]
+
+
+def test_opd_on_policy_is_grpo_with_the_expert_as_reward():
+    teacher = torch.linspace(-4, -1, T, dtype=torch.float64)
+    got, terms = gradient({"name": "opd", "coef": 1.5}, teacher_sampled=teacher)
+    gap = case()[1].student.sampled.detach() - teacher
+    want, _ = gradient({"name": "grpo"}, advantages=-1.5 * gap)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-15)
+    assert terms.counts["loss/reverse_kl_nats"].item() == pytest.approx(gap[in_loss()].sum().item())
+
+
+def test_the_baseline_is_taken_off_before_factor_and_clip():
+    table = {"name": "distil", "future": "sum", "future_coef": 0.5, "future_clip": 0.3}
+    baseline = torch.linspace(0.0, 3.0, T, dtype=torch.float64)
+    got, terms = gradient(table, baseline=baseline)
+    logits, tokens = case()
+    ce = algo.topk_cross_entropy(tokens.teacher_logprobs, tokens.student, tail="bucket")
+    credit = (0.5 * (future(ce, mean=False, discount=1.0) - baseline)).clamp(max=0.3)
+    (tokens.weights * (ce + credit * tokens.student.sampled)).sum().backward()
+    torch.testing.assert_close(got, logits.grad, rtol=1e-10, atol=1e-15)
+    assert terms.maxima["loss/credit_max_nats"] == credit[in_loss()].max() == 0.3
+    assert terms.counts["loss/credit_nats"].item() == pytest.approx(credit[in_loss()].sum().item())
+
+
+def test_only_a_credit_can_have_a_baseline():
+    def needs(**settings):
+        return objective_from_table({"name": "distil"} | settings).needs_baseline
+
+    assert needs(future="mean", baseline="loo_batch")
+    assert not needs(future="none", baseline="loo_batch")
+    assert not needs(future="sum")
+    assert not any(
+        objective_from_table({"name": name}).needs_baseline for name in objective_names() if name != "distil"
+    )
+    assert gradient({"name": "distil", "future": "none"})[1].maxima == {}
+
+
+def test_the_credit_before_a_baseline_is_the_one_in_the_terms():
+    _, tokens = case()
+    distil = objective_from_table({"name": "distil", "future": "mean", "token_clip": 1.0, "baseline": "loo_position"})
+    credit = distil.credit(tokens, future)
+    assert not credit.requires_grad
+    assert distil.terms(tokens, future).maxima["loss/credit_max_nats"] == credit[in_loss()].max()
+    first, second = distil.baselines([credit, credit[:5] + 1.0], [0, 0])
+    torch.testing.assert_close(first[:5], credit[:5] + 1.0)
+    assert (first[5:] == 0).all()
+    torch.testing.assert_close(second, credit[:5])
+
+
+EVERY = [{"name": name} for name in objective_names() if name != "distil"] + [
+    {"name": "distil", "future": "sum", "token_clip": 0.5, "future_clip": 1.0},
+    {"name": "distil", "future": "mean", "future_form": "reweight", "cost": "kl"},
+    {"name": "sdpo", "divergence": "rkl_sampled"},
+    {"name": "sdpo", "divergence": "rkl", "entry_clip": 0.1},
+    {"name": "opsd", "divergence": "js"},
+    {"name": "opd", "discount": 0.5},
+]
+
+
+@pytest.mark.parametrize("table", EVERY, ids=str)
+def test_what_an_objective_counts_has_a_sentence_and_no_gradient(table):
+    for rows in (T, 0):  # a rank may have no tokens at all
+        logits, tokens = case(advantages=torch.ones(T))
+        student = tokens.student._replace(**{name: x[:rows] for name, x in tokens.student._asdict().items()})
+        fields = {name: x[:rows] for name, x in tokens._asdict().items() if name != "student"}
+        terms = objective_from_table(table).terms(
+            tokens._replace(student=student, **fields), lambda cost, *, mean, discount: torch.ones_like(cost.detach())
+        )
+        found = {**terms.counts, **terms.maxima}
+        assert set(found) <= set(SENTENCE_BY_NAME)
+        assert all(value.shape == () and not value.requires_grad for value in found.values())
+        (terms.imitation + terms.credit).backward()
+        assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", objective_names())
+def test_every_setting_says_what_it_does(name):
+    assert all(info.description for info in objective_class(name).model_fields.values())
+
+
 def test_advantages_compare_with_the_group_only():
     rewards, groups = torch.tensor([1.0, 0.0, 0.0, 5.0, 1.0]), torch.tensor([7, 7, 7, 3, 7])
     assert algo.group_advantages(rewards, groups, normalise_std=False).tolist() == [0.5, -0.5, -0.5, 0.0, 0.5]
@@ -118,6 +240,10 @@ def test_advantages_compare_with_the_group_only():
         ({"name": "distil"}, "future\n  Field required"),
         ({"name": "ce", "future": "sum"}, "Extra inputs are not permitted"),
         ({"name": "grpo", "clip_low": "0.2"}, "valid number"),
+        ({"name": "distil", "future": "sum", "baseline": "mean"}, "'none', 'loo_position' or 'loo_batch'"),
+        ({"name": "sdpo", "mix": 1.0}, "less than 1"),
+        ({"name": "opsd", "entry_clip": 0.0}, "greater than 0"),
+        ({"name": "opsd", "tail": "bucket"}, "'none' or 'renorm'"),
     ],
 )
 def test_a_wrong_table_says_what_is_wrong(table, text):
