@@ -12,7 +12,7 @@ from typing import Any
 from megatron_distil.errors import ConfigError, Problem
 
 CLUSTERS = Path(__file__).parent / "clusters"
-ROLES = ("trainer", "rollout", "sandbox")
+ROLES = ("trainer", "rollout", "teacher", "sandbox")
 
 
 @dataclass(frozen=True, kw_only=True)

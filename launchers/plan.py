@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 STEP_GRACE_S = 600.0
 """A job that is asked to stop finishes its step and saves."""
+QUIET_HEALTH = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
+"""A server's default would generate a token for each probe, and hang while it is paused."""
 SANDBOX_START_S = 120.0
 SANDBOX_ENV = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV")
 """All that the sandbox gets of the user's environment: it runs programs that nobody has read."""
@@ -56,15 +58,17 @@ class Training:
 def services(
     config: Config, cluster: Cluster, places: Places, *, model: str, start_servers_after: str = ""
 ) -> list[ServicePlan]:
-    """The servers that a training run asks. They start with ``model``, which is replaced by the first publication."""
+    """The servers that a training run asks. Engines start with ``model``, which is replaced by the first publication; ...
+
+    those of an expert keep theirs.
+    """
     rollout, feedback = config.rollout, config.feedback
     servers = [
         ServicePlan(
             role="rollout",
             name=f"rollout-{index}",
-            command=_rollout_command(config, places, model, index),
-            # its default would generate a token for each probe, and hang while it is paused
-            env={**cluster.env_of("rollout"), "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"},
+            command=_server_command(config, places, model, tp=rollout.engine_tp, seed=config.train.seed + index),
+            env={**cluster.env_of("rollout"), **QUIET_HEALTH},
             cwd=places.cwd,
             log=places.log(f"rollout-{index}"),
             health_path="/health",
@@ -72,6 +76,19 @@ def services(
             start_after=start_servers_after,
         )
         for index in range(rollout.num_engines)
+    ]
+    experts = [
+        ServicePlan(
+            role="teacher",
+            name=f"teacher-{index}",
+            command=_server_command(config, places, config.teacher.model, tp=config.teacher.engine_tp, seed=index),
+            env={**cluster.env_of("teacher"), **QUIET_HEALTH},
+            cwd=places.cwd,
+            log=places.log(f"teacher-{index}"),
+            health_path="/health",
+            start_timeout_s=rollout.start_timeout_s,
+        )
+        for index in range(config.teacher.num_engines if config.has_expert else 0)
     ]
     sandboxes = [
         ServicePlan(
@@ -93,16 +110,15 @@ def services(
         )
         for index in range(feedback.num_sandboxes)
     ]
-    return servers + sandboxes
+    return servers + experts + sandboxes
 
 
-def _rollout_command(config: Config, places: Places, model: str, index: int) -> tuple[str, ...]:
-    rollout = config.rollout
+def _server_command(config: Config, places: Places, model: str, *, tp: int, seed: int) -> tuple[str, ...]:
     return (
         *(places.server_python, "-m", "megatron_distil.rollout.sglang.serve"),
         *("--model-path", model, "--host", "127.0.0.1", "--port", "{port}"),
-        *("--dtype", rollout.engine_dtype, "--tp-size", str(rollout.engine_tp)),
-        *("--random-seed", str(config.train.seed + index)),
+        *("--dtype", config.rollout.engine_dtype, "--tp-size", str(tp)),
+        *("--random-seed", str(seed)),
     )
 
 

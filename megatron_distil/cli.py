@@ -314,6 +314,7 @@ def _print_plan(config: Config, sizes: sizing.Sizes) -> None:
     layouts = {
         "trainer": f"tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} x dp {parallel.dp}",
         "engine": f"{rollout.num_engines} servers, tp {rollout.engine_tp}",
+        "teacher": f"{config.teacher.num_engines} servers of {config.teacher.model}, tp {config.teacher.engine_tp}",
         "sandbox": f"{config.feedback.sandbox_workers} programs at a time each",
     }
     roles = Table("role", "processes", "layout", title="Processes", title_justify="left")

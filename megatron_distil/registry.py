@@ -33,7 +33,7 @@ class Record:
     """One service."""
 
     role: str
-    """``rollout`` or ``sandbox``."""
+    """``rollout``, ``teacher`` (of an expert) or ``sandbox``."""
     name: str
     """Unique within the role; also its file name."""
     url: str

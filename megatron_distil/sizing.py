@@ -152,11 +152,13 @@ def problems(config: Config, shape: ModelShape) -> Iterator[Problem]:
 def sizes(config: Config, shape: ModelShape) -> Sizes:
     """What a configuration needs for a model of this shape."""
     engines = config.rollout.num_engines * config.rollout.engine_tp
+    experts = config.teacher.num_engines * config.teacher.engine_tp if config.has_expert else 0
     return Sizes(
         parameters=shape.parameters,
         processes_by_role={
             "trainer": config.parallel.world_size,
             "engine": engines,
+            "teacher": experts,
             "sandbox": config.feedback.num_sandboxes,
         },
         trainer=tuple(_trainer(config, shape)),
@@ -176,7 +178,7 @@ def _trainer(config: Config, shape: ModelShape) -> Iterator[Part]:
     if wide < 4:
         yield Part(name="main weights", bytes=4 * held / shards, why=f"float32, over {shards} ranks")
     yield Part(name="optimizer", bytes=8 * held / shards, why=f"two moments in float32, over {shards} ranks")
-    if config.objective.needs_teacher:
+    if config.objective.needs_teacher and not config.has_expert:
         yield from _teacher(config.teacher, held, wide)
     tokens = train.max_microbatch_tokens / parallel.cp
     kept = _activations(config, shape, tokens) * wide / 2
@@ -223,6 +225,7 @@ def _step(config: Config, shape: ModelShape) -> Iterator[Part]:
     yield Part(name="publication", bytes=float(wide * shape.parameters), why=why)
     if config.objective.needs_teacher:
         width = shape.vocab if config.teacher.support == "full" else config.teacher.top_k
+        width = width if config.objective.needs_support else 0
         tokens = (
             rollout.prompts_per_step * rollout.samples_per_prompt * rollout.max_response_tokens // config.parallel.dp
         )

@@ -7,14 +7,16 @@ of the request's number, so that a test can tell which server said what.
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from aiohttp import web
 
 from megatron_distil.registry import Record, Registry
@@ -126,7 +128,7 @@ class FakeServer:
             self._in_flight -= 1
 
     async def _answer(self, request: web.Request, body: dict[str, Any], fault: Fault | None) -> web.StreamResponse:
-        reply = reply_to(body, self.version)
+        reply = self._reply(body)
         match fault:
             case "503" | "400":
                 return web.json_response({"error": "injected"}, status=int(fault))
@@ -142,6 +144,9 @@ class FakeServer:
             case edit:
                 edit(reply)
         return web.Response(text=json.dumps(reply), content_type="application/json")
+
+    def _reply(self, body: dict[str, Any]) -> dict[str, Any]:
+        return reply_to(body, self.version)
 
     async def _abort_request(self, _: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         self.aborted.append(body["rid"])
@@ -201,6 +206,52 @@ class FakeServer:
     async def _continue_generation(self, _: web.Request, __: dict[str, Any]) -> web.StreamResponse:
         self.is_paused = False
         return web.json_response({"status": "ok"})
+
+
+@dataclass
+class FakeExpert(FakeServer):
+    """A server of role ``teacher``. What it says of a token is a function of the three ids before it."""
+
+    vocab_size: int = 97
+    says: str = "0.5.21"
+    """Its version."""
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def record(self) -> Record:
+        return replace(super().record, role="teacher")
+
+    @staticmethod
+    def row(ids: list[int], vocab_size: int) -> np.ndarray:
+        """[V] log-probabilities of what follows, float32."""
+        logits = np.random.default_rng(ids[-3:]).normal(0.0, 2.0, vocab_size)
+        return (logits - np.log(np.exp(logits).sum())).astype(np.float32)
+
+    def _reply(self, body: dict[str, Any]) -> dict[str, Any]:
+        self.bodies.append(body)
+        assert body["sampling_params"] == {"temperature": 1.0, "max_new_tokens": 0}
+        ids, start, k = body["input_ids"], body["logprob_start_len"], body.get("top_logprobs_num", 0)
+        rows = np.stack([self.row(ids[:end], self.vocab_size) for end in range(start + 1, len(ids))])
+        response = ids[start + 1 :]
+        own = [[float(row[token]), token, None] for row, token in zip(rows, response, strict=True)]
+        meta: dict[str, Any] = {
+            "id": body["rid"],
+            "finish_reason": {"type": "length", "length": 0},
+            "prompt_tokens": len(ids),
+            "completion_tokens": 0,
+            "input_token_logprobs": [[None, ids[start], None], *own],
+        }
+        if k:
+            best = np.argsort(-rows, axis=1, kind="stable")[:, :k].astype(np.int32)
+            arrays = {"idx": best, "val": np.take_along_axis(rows, best, 1)}
+            for part, array in arrays.items():
+                name = f"input_top_logprobs_{part}_flat_b64"
+                meta |= {name: base64.b64encode(array.tobytes()).decode(), f"{name}_dtype": array.dtype.name}
+            meta |= {"input_top_logprobs_shape": list(best.shape), "input_top_logprobs_null_prefix": 1}
+        return {"output_ids": [], "meta_info": meta}
+
+    async def _server_info(self, _: web.Request, __: dict[str, Any]) -> web.StreamResponse:
+        return web.json_response({"version": self.says, "tp_size": 1, "device": "cpu", "dtype": "float32"})
 
 
 def reply_to(body: dict[str, Any], version: str) -> dict[str, Any]:

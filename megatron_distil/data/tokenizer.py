@@ -58,6 +58,10 @@ class Tokenizer:
         """The text of token ids; special tokens have none."""
         return self._backend.decode([int(token) for token in ids], skip_special_tokens=True)
 
+    def vocabulary(self) -> dict[str, int]:
+        """Ids by token, added tokens included."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
     def token_id(self, token: str) -> int:
         """The id of one token.
 

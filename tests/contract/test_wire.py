@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 from collections.abc import Callable
@@ -154,6 +155,97 @@ def test_a_reply_that_is_no_object_is_refused(reply: Any) -> None:
     prompt, spec, rollout_id = asked(recorded("generate_length"))
     with pytest.raises(EngineReplyError, match="meta_info"):
         wire.rollout(reply, prompt, spec, rollout_id, str)
+
+
+def scored(record: dict[str, Any], reply: Any = None) -> wire.Scores:
+    return wire.scores(reply or record["reply"], *scored_request(record))
+
+
+def scored_request(record: dict[str, Any]) -> tuple[Any, Any, int, RolloutId]:
+    request = record["request"]
+    ids = np.asarray(request["input_ids"], dtype=np.int32)
+    at = request["logprob_start_len"] + 1
+    return ids[:at], ids[at:], request.get("top_logprobs_num", 0), RolloutId(7, "two roads", 0)
+
+
+@pytest.mark.parametrize("name", ["score_top", "score_sampled"])
+def test_the_body_of_a_scoring_request_is_the_one_that_a_real_server_was_sent(name: str) -> None:
+    record = recorded(name)
+    assert wire.score_body(*scored_request(record)) == record["request"]
+
+
+def test_scores_are_read_from_the_token_after_the_context_on() -> None:
+    top, bare = scored(recorded("score_top")), scored(recorded("score_sampled"))
+    # the server's own JSON of the same request
+    said = [-5.665281, -4.456226, -5.750217, -5.452737, -5.041898, -5.164944]
+    np.testing.assert_allclose(top.sampled, said, atol=1e-6)
+    np.testing.assert_array_equal(top.sampled, bare.sampled)
+    assert (bare.top_ids.shape, bare.top_logprobs.shape) == ((6, 0), (6, 0))
+    assert top.top_ids.tolist()[1] == [244, 192, 128, 191]  # the second token of the response is its own favourite
+    assert top.top_logprobs[1, 0] == top.sampled[1]
+    assert (np.diff(top.top_logprobs, axis=1) <= 0).all()
+
+
+SCORED_NONSENSE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "another request": (lambda m: m.update(id="7/two roads/1."), "for request '7/two roads/1.'"),
+    "tokens cut off": (lambda m: m.update(prompt_tokens=25), "sent 26 tokens, the server read 25"),
+    "no scores": (lambda m: m.update(input_token_logprobs=None), "input_token_logprobs, got None"),
+    "none at all": (lambda m: m.update(input_token_logprobs=[]), "expected null for token 280 first, got []"),
+    "one too few": (lambda m: m["input_token_logprobs"].pop(), "6 tokens, 5 log-probabilities"),
+    "one too many": (lambda m: m["input_token_logprobs"].append([-1.0, 3, None]), "6 tokens, 7 log-probabilities"),
+    "shifted by one": (lambda m: m["input_token_logprobs"].pop(0), "expected null for token 280 first"),
+    "another token": (lambda m: m["input_token_logprobs"][3].__setitem__(1, 9), "token 2 is 201"),
+    "nothing for a token": (lambda m: m["input_token_logprobs"][2].__setitem__(0, None), "token 1 is None"),
+    "no number": (lambda m: m["input_token_logprobs"][2].__setitem__(0, float("nan")), "token 1 is nan"),
+    "an old server": (lambda m: m.pop("input_top_logprobs_shape"), "asked for [6, 4] in input_top_logprobs, got None"),
+    "another support": (lambda m: m.update(input_top_logprobs_shape=[6, 5]), "asked for [6, 4]"),
+    "no first null": (lambda m: m.update(input_top_logprobs_null_prefix=0), "null_prefix is 0, not 1"),
+    "another type": (lambda m: m.update(input_top_logprobs_val_flat_b64_dtype="bfloat16"), "of 'bfloat16'"),
+    "no base64": (lambda m: m.update(input_top_logprobs_val_flat_b64="?"), "is not base64"),
+    "bytes missing": (lambda m: _cut(m, "val"), "has 92 bytes for [6, 4] numbers"),
+    "ids missing": (lambda m: m.pop("input_top_logprobs_idx_flat_b64"), "expected str in input_top_logprobs_idx"),
+    "an id twice": (lambda m: _write(m, "idx", 1, 244), "negative or there twice"),
+    "a negative id": (lambda m: _write(m, "idx", 3, -1), "negative or there twice"),
+    "no number among the best": (lambda m: _write(m, "val", 5, float("nan")), "is not finite"),
+    "rows that are shifted": (lambda m: _roll(m), "token 1 has log-probability -4.45"),
+}
+
+
+def _array(meta: dict[str, Any], part: str) -> np.ndarray:
+    dtype = np.dtype(np.int32 if part == "idx" else np.float32)
+    return np.frombuffer(base64.b64decode(meta[f"input_top_logprobs_{part}_flat_b64"]), dtype).copy()
+
+
+def _store(meta: dict[str, Any], part: str, values: np.ndarray) -> None:
+    meta[f"input_top_logprobs_{part}_flat_b64"] = base64.b64encode(values.tobytes()).decode()
+
+
+def _write(meta: dict[str, Any], part: str, at: int, value: float) -> None:
+    values = _array(meta, part)
+    values[at] = value
+    _store(meta, part, values)
+
+
+def _cut(meta: dict[str, Any], part: str) -> None:
+    _store(meta, part, _array(meta, part)[:-1])
+
+
+def _roll(meta: dict[str, Any]) -> None:
+    for part in ("idx", "val"):
+        _store(meta, part, np.roll(_array(meta, part), 4))
+
+
+@pytest.mark.parametrize("what", SCORED_NONSENSE)
+def test_nonsense_scores_are_refused_with_the_id_and_the_place(what: str) -> None:
+    edit, fragment = SCORED_NONSENSE[what]
+    record = recorded("score_top")
+    scored(record)  # without the edit it is fine
+    reply = copy.deepcopy(record["reply"])
+    edit(reply["meta_info"])
+    with pytest.raises(EngineReplyError) as caught:
+        scored(record, reply)
+    assert str(caught.value).startswith("7/two roads/0: ")
+    assert fragment in str(caught.value)
 
 
 def test_no_request_id_begins_with_another() -> None:

@@ -86,6 +86,22 @@ def test_the_command_of_a_server():
     assert (server.health_path, server.start_timeout_s, server.start_after) == ("/health", 77.0, "a")
 
 
+def test_an_expert_has_servers_of_its_own_where_the_objective_has_a_teacher():
+    settings = ["teacher.weights=expert", "teacher.model=/larger", "teacher.num_engines=2", "teacher.engine_tp=4"]
+    found = services(config(*settings), CLUSTER, PLACES, model="/m")
+    assert [service.name for service in found] == ["rollout-0", "teacher-0", "teacher-1", "sandbox-0"]
+    expert = found[2]
+    assert " ".join(expert.command) == (
+        "/server/python -m megatron_distil.rollout.sglang.serve --model-path /larger --host 127.0.0.1 --port {port} "
+        "--dtype float32 --tp-size 4 --random-seed 1"
+    )
+    assert (expert.role, expert.health_path, expert.start_after) == ("teacher", "/health", "")
+    assert expert.env == {"A": "1", "B": "1", "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
+    assert "/larger" not in found[0].command
+    without = services(config(*settings, "objective.name=grpo"), CLUSTER, PLACES, model="/m")
+    assert [service.role for service in without] == ["rollout", "sandbox"]
+
+
 def test_the_sandbox_gets_the_level_of_the_recipe_and_nothing_of_the_users_environment():
     *_, sandbox = services(
         config("feedback.min_isolation=2", "feedback.sandbox_workers=3"), CLUSTER, PLACES, model="/m"

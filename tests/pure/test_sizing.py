@@ -50,7 +50,7 @@ def test_a_model_of_eight_billion_on_sixteen_ranks(tmp_path: Path):
         tmp_path, "parallel.tp=4", "parallel.dp=4", "train.dtype=bfloat16", "train.max_microbatch_tokens=16384"
     )
     found = sizes(chosen, shape_of(QWEN3_8B))
-    assert found.processes_by_role == {"trainer": 16, "engine": 1, "sandbox": 1}
+    assert found.processes_by_role == {"trainer": 16, "engine": 1, "teacher": 0, "sandbox": 1}
     parts = by_name(found.trainer)
     giga = 2.0477e9
     assert parts["weights"] == pytest.approx(2 * giga, rel=1e-3)
@@ -103,6 +103,19 @@ def test_a_layout_that_does_not_fit_the_model_is_told_one_that_does(tmp_path: Pa
 
 def test_a_layout_that_fits_is_left_alone(tmp_path: Path):
     assert list(problems(config(tmp_path, "parallel.tp=8", "parallel.pp=4"), shape_of(QWEN3_SMALL))) == []
+
+
+def test_an_expert_is_other_processes_and_no_weights_of_a_rank(tmp_path: Path):
+    shape = shape_of(QWEN3_SMALL)
+    expert = ["teacher.weights=expert", "teacher.model=m", "teacher.num_engines=3", "teacher.engine_tp=2"]
+    found = sizes(config(tmp_path, *expert), shape)
+    assert found.processes_by_role["teacher"] == 6
+    assert not {"teacher", "student, set aside"} & {part.name for part in found.trainer}
+    without = sizes(config(tmp_path, *expert, 'objective={name="grpo"}'), shape)
+    assert without.processes_by_role["teacher"] == 0
+    sampled = sizes(config(tmp_path, *expert, 'objective={name="opd"}'), shape)
+    (targets,) = [part.bytes for part in sampled.step if part.name == "targets of a replica"]
+    assert targets == 0
 
 
 def test_a_model_without_a_dimension_is_named(tmp_path: Path):

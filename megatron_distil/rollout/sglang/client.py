@@ -12,7 +12,7 @@ from megatron_distil.http import Http, Peer, attempts
 from megatron_distil.protocols import SamplingSpec
 from megatron_distil.registry import Record
 from megatron_distil.rollout.sglang import wire
-from megatron_distil.types import FinishReason, Prompt, Rollout, RolloutId
+from megatron_distil.types import FinishReason, Ids, Prompt, Rollout, RolloutId
 
 CONTROL_TIMEOUT_S = 10.0
 """Calls that a server answers at once, also while it is paused."""
@@ -76,20 +76,23 @@ class SglangEngine:
         """Which start of the server this is."""
         return self.record.gen
 
-    # Sampling
+    # Sampling and scoring
 
     async def generate(self, prompt: Prompt, spec: SamplingSpec, rollout_id: RolloutId) -> Rollout:
         """One response. Whoever gives up waiting frees the server: it is told to abort."""
-        body = wire.generate_body(prompt, spec, rollout_id)
-        try:
-            reply = await self._http.post(self._peer, "/generate", body, timeout_s=self._deadlines.request_s)
-        except (asyncio.CancelledError, EngineUnavailable):
-            await self.abort(rollout_id)
-            raise
+        reply = await self._generate(wire.generate_body(prompt, spec, rollout_id), rollout_id)
         rollout = wire.rollout(reply, prompt, spec, rollout_id, self._decode)
         if rollout.finish is FinishReason.ABORT:
             raise EngineUnavailable(f"{self.name}: aborted {rollout_id} after {len(rollout.token_ids)} tokens")
         return rollout
+
+    async def score(self, context_ids: Ids, response_ids: Ids, top_k: int, rollout_id: RolloutId) -> wire.Scores:
+        """What its model says of a response behind a context. Whoever gives up waiting frees the server."""
+        body = wire.score_body(context_ids, response_ids, top_k, rollout_id)
+        reply = await self._generate(body, rollout_id)
+        if wire.was_aborted(reply):
+            raise EngineUnavailable(f"{self.name}: aborted the scores of {rollout_id}")
+        return wire.scores(reply, context_ids, response_ids, top_k, rollout_id)
 
     async def abort(self, rollout_id: RolloutId) -> None:
         """Best effort: a server that cannot be told has nothing to stop, or stops when the connection breaks."""
@@ -199,6 +202,13 @@ class SglangEngine:
     async def resume(self) -> None:
         """Go on with what waits, and take new requests."""
         await self._publish("/continue_generation", {})
+
+    async def _generate(self, body: Mapping[str, Any], rollout_id: RolloutId) -> Any:
+        try:
+            return await self._http.post(self._peer, "/generate", body, timeout_s=self._deadlines.request_s)
+        except (asyncio.CancelledError, EngineUnavailable):
+            await self.abort(rollout_id)
+            raise
 
     async def _get(self, path: str) -> Any:
         return await self._http.get(self._peer, path, timeout_s=CONTROL_TIMEOUT_S)

@@ -8,6 +8,8 @@ looked for in the reply.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,10 +18,13 @@ import numpy as np
 
 from megatron_distil.errors import EngineReplyError
 from megatron_distil.protocols import SamplingSpec
-from megatron_distil.types import FinishReason, Prompt, Rollout, RolloutId
+from megatron_distil.types import FinishReason, Floats, Ids, Prompt, Rollout, RolloutId
 
 MIN_VERSION = (0, 5, 21)
 """Has the weight-update session, spans of weight versions and checksums."""
+
+SAME_NATS = 1e-3
+"""Two statements about one log-probability differ by rounding only."""
 
 Decode = Callable[[Sequence[int]], str]
 """Token ids -> text."""
@@ -40,6 +45,17 @@ class Span(NamedTuple):
     version: int
     start: int
     end: int
+
+
+class Scores(NamedTuple):
+    """What a server's model says of a given response, in nats, at temperature 1."""
+
+    sampled: Floats
+    """[R] of its tokens."""
+    top_ids: Ids
+    """[R, K] the most probable ones."""
+    top_logprobs: Floats
+    """[R, K] normalised over the whole vocabulary."""
 
 
 def request_id(rollout_id: RolloutId) -> str:
@@ -87,6 +103,63 @@ def rollout(reply: Any, prompt: Prompt, spec: SamplingSpec, rollout_id: RolloutI
         oldest_weights=min((span.version for span in spans), default=-1),
         newest_weights=max((span.version for span in spans), default=-1),
     )
+
+
+def score_body(context_ids: Ids, response_ids: Ids, top_k: int, rollout_id: RolloutId) -> dict[str, Any]:
+    """Body of ``POST /generate`` that generates nothing: the response is scored from the last token of its context on.
+
+    Prompt scores are at temperature 1 whatever is sent, and the first of them is always null.
+    """
+    top = {
+        "top_logprobs_num": top_k,
+        "return_flat_raw_top_logprobs": True,
+        "return_flat_raw_top_logprobs_b64": True,
+    }
+    return {
+        "input_ids": [*context_ids.tolist(), *response_ids.tolist()],
+        "rid": request_id(rollout_id),
+        "return_logprob": True,
+        "logprob_start_len": len(context_ids) - 1,
+        **(top if top_k else {}),
+        "sampling_params": {"temperature": 1.0, "max_new_tokens": 0},
+    }
+
+
+def scores(reply: Any, context_ids: Ids, response_ids: Ids, top_k: int, rollout_id: RolloutId) -> Scores:
+    """The checked reply to ``score_body``.
+
+    Raises:
+        EngineReplyError: anything is missing, miscounted, of other tokens or not finite. The text names the rollout.
+    """
+    meta = _field(reply, "meta_info", dict, rollout_id)
+    if (rid := meta.get("id")) != request_id(rollout_id):
+        raise EngineReplyError(f"{rollout_id}: the reply is for request {rid!r}")
+    sent = len(context_ids) + len(response_ids)
+    if (count := meta.get("prompt_tokens")) != sent:
+        raise EngineReplyError(f"{rollout_id}: sent {sent} tokens, the server read {count!r}")
+    entries = _field(meta, "input_token_logprobs", list, rollout_id)
+    last = int(context_ids[-1])
+    if not entries or not isinstance(entries[0], list) or entries[0][:2] != [None, last]:
+        raise EngineReplyError(f"{rollout_id}: expected null for token {last} first, got {_short(entries[:1])}")
+    sampled = _logprobs(entries[1:], response_ids.tolist(), rollout_id)
+    ids, logprobs = _top(meta, len(response_ids), top_k, rollout_id)
+    if top_k:
+        gap = np.where(ids == response_ids[:, None], np.abs(logprobs - sampled[:, None]), 0.0).max(1)
+        wrong = (gap > SAME_NATS) | (sampled > logprobs.max(1) + SAME_NATS)
+        if wrong.any():
+            token = int(wrong.argmax())
+            raise EngineReplyError(
+                f"{rollout_id}: token {token} has log-probability {sampled[token]}, among the most probable ones it is "
+                f"another: {_short(dict(zip(ids[token].tolist(), logprobs[token].tolist(), strict=True)))}"
+            )
+    return Scores(sampled=sampled, top_ids=ids, top_logprobs=logprobs)
+
+
+def was_aborted(reply: Any) -> bool:
+    """Whether the server gave the request up, as it does when it is told to, or ends."""
+    meta = reply.get("meta_info") if isinstance(reply, Mapping) else None
+    reason = meta.get("finish_reason") if isinstance(meta, Mapping) else None
+    return isinstance(reason, Mapping) and reason.get("type") == "abort"
 
 
 def version_of(text: object) -> int | None:
@@ -159,6 +232,38 @@ def _logprobs(entries: list[Any], ids: list[int], rollout_id: RolloutId) -> Any:
             raise EngineReplyError(f"{rollout_id}: log-probability of token {index} is {_short(value)}")
         values.append(value)
     return np.asarray(values, dtype=np.float32)
+
+
+def _top(meta: Mapping[str, Any], length: int, top_k: int, rollout_id: RolloutId) -> tuple[Ids, Floats]:
+    """Flat bytes -> (ids, log-probabilities), [R, K] each."""
+    shape = (length, top_k)
+    if not top_k:
+        return np.empty(shape, np.int32), np.empty(shape, np.float32)
+    if (told := meta.get("input_top_logprobs_shape")) != list(shape):
+        raise EngineReplyError(f"{rollout_id}: asked for {list(shape)} in input_top_logprobs, got {_short(told)}")
+    if (skipped := meta.get("input_top_logprobs_null_prefix")) != 1:
+        raise EngineReplyError(f"{rollout_id}: input_top_logprobs_null_prefix is {_short(skipped)}, not 1")
+    ids = _flat(meta, "input_top_logprobs_idx_flat_b64", np.dtype(np.int32), shape, rollout_id)
+    logprobs = _flat(meta, "input_top_logprobs_val_flat_b64", np.dtype(np.float32), shape, rollout_id)
+    ordered = np.sort(ids, axis=1)
+    if (ordered[:, :1] < 0).any() or (ordered[:, 1:] == ordered[:, :-1]).any():
+        raise EngineReplyError(f"{rollout_id}: an id among the most probable ones is negative or there twice")
+    if not np.isfinite(logprobs).all():
+        raise EngineReplyError(f"{rollout_id}: a log-probability of the most probable ids is not finite")
+    return ids, logprobs
+
+
+def _flat(meta: Mapping[str, Any], name: str, dtype: np.dtype, shape: tuple[int, int], rollout_id: RolloutId) -> Any:
+    text = _field(meta, name, str, rollout_id)
+    if (told := meta.get(f"{name}_dtype")) != dtype.name:
+        raise EngineReplyError(f"{rollout_id}: {name} is of {_short(told)}, expected {dtype.name}")
+    try:
+        raw = base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise EngineReplyError(f"{rollout_id}: {name} is not base64: {error}") from error
+    if len(raw) != math.prod(shape) * dtype.itemsize:
+        raise EngineReplyError(f"{rollout_id}: {name} has {len(raw)} bytes for {list(shape)} numbers")
+    return np.frombuffer(raw, dtype.newbyteorder("<")).astype(dtype).reshape(shape)
 
 
 def _finish(
