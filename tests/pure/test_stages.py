@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import fields, is_dataclass
 
 import pytest
@@ -17,6 +18,10 @@ from tests.credit_cases import CALLS, LAYOUTS, MASKS, PACKINGS, Case, make_case,
 from tests.ranks_in_threads import collectives, run_threads
 
 STAGE_ROWS = (None, 7, 32, 10_000)
+SIZES = [("contiguous", 1), ("contiguous", 3), ("zigzag", 2), ("zigzag", 4), ("zigzag over the buffer", 4)]
+SHARDS = [(layout, 4) for layout in LAYOUTS if layout.startswith("row shards")]
+GRID = [(*layout, mask) for layout, mask in itertools.product(SIZES + SHARDS, MASKS)]
+CUTS = list(itertools.product(PACKINGS, STAGE_ROWS))
 SUM = {"mean": False, "discount": 1.0}
 
 
@@ -67,19 +72,22 @@ def assert_stages_are_closed(case: Case, plans) -> None:
         assert (inside.diff() <= 0).all()
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize(
-    ("layout", "size"),
-    [("contiguous", 1), ("contiguous", 3), ("zigzag", 2), ("zigzag", 4), ("zigzag over the buffer", 4)]
-    + [(layout, 4) for layout in LAYOUTS if layout.startswith("row shards")],
-)
-def test_credit_is_that_of_whole_sequences(layout, size, mask):
-    for packing in PACKINGS:
+def assert_credit_is_that_of_whole_sequences(layout, size, mask, cuts):
+    for packing, stage_rows in cuts:
         case = make_case(packing, layout, mask, size)
-        want = whole_credit(case)
-        for stage_rows in STAGE_ROWS:
-            assert_stages_are_closed(case, plans_of(case, stage_rows))
-            torch.testing.assert_close(credit_of(case, stage_rows), want, rtol=1e-12, atol=1e-12)
+        assert_stages_are_closed(case, plans_of(case, stage_rows))
+        torch.testing.assert_close(credit_of(case, stage_rows), whole_credit(case), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("number", "layout", "size", "mask"), [(i, *grid) for i, grid in enumerate(GRID)])
+def test_credit_is_that_of_whole_sequences(number, layout, size, mask):
+    assert_credit_is_that_of_whole_sequences(layout, size, mask, CUTS[number % 5 :: 5])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("layout", "size", "mask"), GRID)
+def test_credit_is_that_of_whole_sequences_however_they_are_cut(layout, size, mask):
+    assert_credit_is_that_of_whole_sequences(layout, size, mask, CUTS)
 
 
 @st.composite
@@ -98,7 +106,7 @@ def any_case(draw):
     return Case(order, segments, is_row, torch.randn(len(CALLS), total, generator=random, dtype=torch.float64))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(case=any_case(), stage_rows=st.sampled_from([None, 1, 7, 32]))
 def test_credit_is_that_of_whole_sequences_in_any_order(case, stage_rows):
     with pytest.MonkeyPatch.context() as patch:
