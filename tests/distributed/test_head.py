@@ -7,7 +7,7 @@ import torch.distributed as dist
 from megatron_distil import algo
 from megatron_distil.algo.vocabulary import Columns
 from megatron_distil.trainer.head import columns as head_columns
-from megatron_distil.trainer.head.columns import VocabShard, columns
+from megatron_distil.trainer.head.columns import HeadInputs, VocabShard, columns
 from tests.world import run_ranks
 
 ROWS, HIDDEN, VOCAB, PADDED, K = 37, 12, 61, 64, 7
@@ -38,7 +38,7 @@ def _columns_case(rank, *, vocab, chunk_bytes, temperature):
     mine = rows.clone().requires_grad_()
     part = weight[rank * per_rank : (rank + 1) * per_rank].clone().requires_grad_()
     shard = VocabShard.of(group, vocab_size=vocab, rows=per_rank)
-    got = columns(mine, part, support, sampled, shard, temperature=temperature)
+    got = columns(HeadInputs(mine, part, support, sampled, shard, temperature))
     total(got, up).backward()
 
     whole_rows, whole = rows.clone().requires_grad_(), weight.clone().requires_grad_()
@@ -68,7 +68,7 @@ def _full_support_case(rank):
     rows.requires_grad_()
     shard = VocabShard.of(dist.group.WORLD, vocab_size=16, rows=16 // size)
     part = weight.chunk(size)[rank]
-    got = columns(rows, part, torch.arange(16).expand(5, 16), torch.zeros(5, dtype=torch.int64), shard, temperature=1.0)
+    got = columns(HeadInputs(rows, part, torch.arange(16).expand(5, 16), torch.zeros(5, dtype=torch.int64), shard))
     assert (got.tail == -torch.inf).all()
     teacher = torch.randn(5, 16, generator=draw).log_softmax(-1)
     ce = algo.topk_cross_entropy(teacher, got, tail="bucket")
@@ -89,7 +89,7 @@ def _no_rows_case(rank):
     part = torch.ones(PADDED // size, HIDDEN, requires_grad=True)
     shard = VocabShard.of(dist.group.WORLD, vocab_size=VOCAB, rows=PADDED // size)
     none = torch.zeros(0, dtype=torch.int64)
-    got = columns(rows, part, torch.zeros(0, K, dtype=torch.int64), none, shard, temperature=1.0)
+    got = columns(HeadInputs(rows, part, torch.zeros(0, K, dtype=torch.int64), none, shard))
     (got.sampled.sum() + got.tail.sum() + got.support.sum()).backward()
     assert (part.grad == 0).all()
 

@@ -22,28 +22,47 @@ CHUNK_BYTES = 2**30
 class VocabShard:
     """The part of the vocabulary that a rank holds: ids ``first`` to ``first + size``, padding cut off."""
 
-    group: ProcessGroup
+    group: ProcessGroup | None
+    """tp; None: one rank holds everything."""
     first: int
     size: int
     rows: int
     """Of the output layer, padding included; the same on every rank."""
+    vocab_size: int
+    """Real ids of the model."""
 
     @property
     def chunk(self) -> int:
         """Rows of hidden states whose logits exist at a time; the same on every rank."""
         return max(1, CHUNK_BYTES // (4 * self.rows))
 
+    @property
+    def num_shards(self) -> int:
+        """Ranks that share the vocabulary."""
+        return 1 if self.group is None else self.group.size()
+
+    @property
+    def width(self) -> int:
+        """Columns of a buffer: those of this rank, at least one spare, in whole cache lines."""
+        return (self.rows // 64 + 1) * 64
+
+    def local(self, ids: Tensor) -> Tensor:
+        """Global ids as columns of this rank; -1 where an id lies on another rank or is -1 itself."""
+        local = ids - self.first
+        return torch.where((ids >= 0) & (local >= 0) & (local < self.size), local, -1)
+
     @classmethod
-    def of(cls, group: ProcessGroup, *, vocab_size: int, rows: int) -> VocabShard:
+    def of(cls, group: ProcessGroup | None, *, vocab_size: int, rows: int) -> VocabShard:
         """The shard of this rank.
 
         Args:
-            group: tp.
+            group: tp; None: one rank.
             vocab_size: real ids of the model.
             rows: of the output layer on each rank, padding included.
         """
-        first = group.rank() * rows
-        return cls(group=group, first=first, size=max(0, min(rows, vocab_size - first)), rows=rows)
+        first = 0 if group is None else group.rank() * rows
+        size = max(0, min(rows, vocab_size - first))
+        return cls(group=group, first=first, size=size, rows=rows, vocab_size=vocab_size)
 
 
 def rows_of(hidden: Tensor, index: Tensor, group: ProcessGroup, *, is_sequence_parallel: bool) -> Tensor:
@@ -66,33 +85,39 @@ def rows_of(hidden: Tensor, index: Tensor, group: ProcessGroup, *, is_sequence_p
     return hidden.index_select(0, index)
 
 
-def columns(
-    rows: Tensor,
-    weight: Tensor,
-    support_ids: Tensor,
-    sampled_ids: Tensor,
-    shard: VocabShard,
-    *,
-    temperature: float,
-) -> Columns:
+@dataclass(frozen=True)
+class HeadInputs:
+    """What every head takes."""
+
+    rows: Tensor
+    """[N, H] the same on every tensor rank."""
+    weight: Tensor
+    """[padded V/tp, H] of this rank: the parameter itself, whose ``main_grad`` a head may add to."""
+    support_ids: Tensor
+    """[N, K] int64, global ids, unique in each row; -1 in unused slots."""
+    sampled_ids: Tensor
+    """[N] int64, global."""
+    shard: VocabShard
+    temperature: float = 1.0
+    """Divides the logits."""
+
+
+def columns(inputs: HeadInputs) -> Columns:
     """``algo.columns`` of ``rows @ weight.T / temperature`` on a vocabulary cut over ``shard.group``. Collective over tp.
 
-    Statistics are float32 (float64 for float64 rows). Logits leave the product in that precision: one of size 16 to 32 in
-    bfloat16 is off by up to 0.06.
+    The plain head: logits exist, a bounded number of rows at a time. Statistics are float32 (float64 for float64 rows).
+    Logits leave the product in that precision: one of size 16 to 32 in bfloat16 is off by up to 0.06.
 
     Args:
-        rows: [N, H], the same on every rank.
-        weight: [padded V/tp, H] of this rank.
-        support_ids: [N, K] int64, global ids, unique in each row; -1 in unused slots.
-        sampled_ids: [N] int64, global.
-        shard: what this rank holds.
-        temperature: divides the logits.
+        inputs: of this rank.
 
     Returns:
         Columns, the same on every rank. Where all of them are used alike on every rank, gradients are exact; those of
         ``rows`` are this rank's part of a sum.
     """
-    weight = weight[: shard.size]
+    rows, support_ids, sampled_ids = inputs.rows, inputs.support_ids, inputs.sampled_ids
+    shard, temperature = inputs.shard, inputs.temperature
+    weight = inputs.weight[: shard.size]
     step = shard.chunk
     if len(rows) <= step:
         return _columns(rows, weight, support_ids, sampled_ids, shard, temperature)
@@ -208,6 +233,6 @@ def _without(logits: Tensor, support: Tensor, is_support: Tensor) -> Tensor:
     return logits.masked_fill(spare[:, :size], -torch.inf)
 
 
-def _reduce(tensor: Tensor, op: Any, group: ProcessGroup) -> None:
-    if group.size() > 1 and tensor.numel():
+def _reduce(tensor: Tensor, op: Any, group: ProcessGroup | None) -> None:
+    if group is not None and group.size() > 1 and tensor.numel():
         dist.all_reduce(tensor, op=op, group=group)
