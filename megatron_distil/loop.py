@@ -62,7 +62,7 @@ def train(config: Config, parts: Parts) -> int:
         with log.span("teach"):
             targets = teacher.score(examples)  # p_t = sg p(. | c, y_<t), on a support of k tokens
         with log.span("update"):
-            batches = parts.packer.batches(examples, targets, step)
+            batches = learner.anchored(parts.packer.batches(examples, targets, step))  # log pi_old(a_t), baselines
             updates = [learner.update(batch) for batch in batches]  # theta <- theta - lr * grad L(theta; batch)
             teacher.follow()  # theta_T <- (1 - r) theta_T + r theta, once per step
         with log.span("publish"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -61,6 +61,10 @@ class MegatronLearner:
             group_of=lambda example: example.rollout.rollout_id,
             size_of=lambda example: len(example.prompt.token_ids) + len(example.rollout.token_ids),
         )
+
+    def anchored(self, batches: Sequence[Batch]) -> list[Batch]:
+        """The batches of a step with what the objective wants to know of the policy before the first update."""
+        return self._updater.anchored(batches, self._replica.gather)
 
     def update(self, batch: Batch) -> Sums:
         """Theta <- theta - lr * grad L(theta; batch).

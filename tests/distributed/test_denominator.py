@@ -53,6 +53,7 @@ def case(
     tokens: int = 128,
     is_tied: bool = False,
     temperature: float = 1.0,
+    head: str = "auto",
     **parallel: Any,
 ) -> None:
     config = trainer_config(
@@ -73,6 +74,7 @@ def case(
         make_optimizer(student, config.train, num_updates=3),
         config.objective,
         temperature=temperature,
+        head=head,
         run_dir=folder,
     )
     sums = updater.update(batch)
@@ -158,3 +160,15 @@ def test_neither_does_that_of_another_objective(objective: str, layout: dict[str
     folder = write_tiny_qwen3(tmp_path)
     world_size = layout.get("tp", 1) * layout.get("cp", 1) * layout.get("dp", 1)
     run_ranks(case, world_size, folder, objective=objective, **layout)
+
+
+@pytest.mark.parametrize("head", ["composable", "plain"])
+@pytest.mark.parametrize(
+    "layout",
+    [{"tokens": 64, "is_tied": True}, {"tp": 2, "cp": 2, "sequence_parallel": True}, {"pp": 2, "is_tied": True}],
+    ids=["one_rank_tied", "tp2_cp2_sp", "pp2_tied"],
+)
+def test_neither_does_that_of_another_head(head: str, layout: dict[str, Any], tmp_path: Path) -> None:
+    folder = write_tiny_qwen3(tmp_path, is_tied=layout.get("is_tied", False))
+    world_size = layout.get("tp", 1) * layout.get("cp", 1) * layout.get("pp", 1)
+    run_ranks(case, world_size, folder, objective="distil_mean", head=head, **layout)

@@ -40,7 +40,14 @@ class Run:
         self.student = build_student(folder, self.config, self.groups)
         self.packer = BatchPacker(self.config, gather=Replica(self.groups).gather)
         optimizer = make_optimizer(self.student, self.config.train, num_updates=100)
-        self.updater = Updater(self.student, optimizer, self.config.objective, temperature=1.0, run_dir=folder / "run")
+        self.updater = Updater(
+            self.student,
+            optimizer,
+            self.config.objective,
+            temperature=1.0,
+            head=self.config.train.head,
+            run_dir=folder / "run",
+        )
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: tensor.float().clone() for name, tensor in hf_weights(self.student)}
@@ -86,7 +93,7 @@ class Infinite(Ce):
 
 def _infinite(rank: int, folder: Path) -> None:
     run = Run(folder)
-    run.updater._objective = Infinite(name="ce")
+    run.updater._loss.objective = Infinite(name="ce")
     examples = step_examples()
     (batch,) = run.packer.batches(examples, random_targets(examples), 0)
     with pytest.raises(NonFiniteLossError):
