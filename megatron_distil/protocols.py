@@ -131,6 +131,13 @@ class Learner(Protocol):
         """
         ...
 
+    def anchored(self, batches: Sequence[Batch]) -> list[Batch]:
+        """The batches of a step, in order, with log pi_old(a_t) and the baseline of the credit where the objective reads them.
+
+        Both are functions of the policy before the step's first update. At most one forward without gradient.
+        """
+        ...
+
     def update(self, batch: Batch) -> Sums:
         """Theta <- theta - lr * grad L(theta; batch).
 
