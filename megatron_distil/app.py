@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -44,15 +44,19 @@ from megatron_distil.sync.plan import weight_spec
 from megatron_distil.sync.publish import Admission, NoEngines, Publisher
 from megatron_distil.tasks.task import Task, task_by_name
 from megatron_distil.teacher.context import ContextBuilder
+from megatron_distil.teacher.expert import ExpertTeacher, check_vocabulary
 from megatron_distil.trainer.checkpoint import Checkpoints
 from megatron_distil.trainer.export import hf_weights, manifest, save_hf
 from megatron_distil.trainer.groups import close_groups, make_groups
-from megatron_distil.trainer.learner import MegatronLearner
+from megatron_distil.trainer.learner import MegatronLearner, StatefulTeacher
 from megatron_distil.trainer.model import build_student
 from megatron_distil.trainer.optim import make_optimizer
 from megatron_distil.trainer.replica import Replica
 from megatron_distil.trainer.teacher import make_teacher
 from megatron_distil.trainer.update import Updater
+
+TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
+"""All that is read of an expert's folder here; its servers read the rest."""
 
 
 def train(config: Config, options: RunOptions) -> int:
@@ -62,6 +66,7 @@ def train(config: Config, options: RunOptions) -> int:
             weights = run.weights(closing)
             if options.replay is None:
                 run.check_sandboxes()
+            run.check_expert()
             parts = Parts(
                 prompts=run.prompts(),
                 sampler=run.sampler(config.rollout.samples_per_prompt, config.rollout.temperature),
@@ -150,9 +155,10 @@ class Run:
                 optimizer,
                 config.objective,
                 temperature=config.rollout.temperature,
+                head=config.train.head,
                 run_dir=self.options.run,
             ),
-            teacher=make_teacher(self.student, config, self.packer.sequences),
+            teacher=self._teacher(),
             checkpoints=Checkpoints(self.options.run / "checkpoints", config, self.student, optimizer),
             every_steps=config.checkpoint.every_steps,
         )
@@ -235,6 +241,22 @@ class Run:
         )
         closing.callback(publisher.close)
         return publisher
+
+    # ---- an expert
+
+    def _teacher(self) -> StatefulTeacher:
+        config = self.config
+        if not config.has_expert:
+            return make_teacher(self.student, config, self.packer.sequences)
+        folder = _model_folder(config.teacher.model, only=TOKENIZER_FILES)
+        check_vocabulary(self.tokenizer.vocabulary(), Tokenizer.load(folder).vocabulary(), config.teacher.model)
+        vocab_size = self.student.dims.vocab_size
+        return ExpertTeacher(config, self.registry, self._connect, self.replica.on_head, vocab_size=vocab_size)
+
+    def check_expert(self) -> None:
+        """Wait for the servers of an expert. Collective."""
+        if isinstance(teacher := self.learner.teacher, ExpertTeacher):
+            self._on_first_head(teacher.wait)
 
     # ---- feedback
 
@@ -333,8 +355,8 @@ class Run:
         (self.options.run / "config.json").write_text(to_json(self.config), encoding="utf-8")
 
 
-def _model_folder(model: str) -> Path:
-    """The folder of a model: itself, or what the hub has under that id.
+def _model_folder(model: str, *, only: Sequence[str] | None = None) -> Path:
+    """The folder of a model: itself, or what the hub has under that id; of the hub's files only some, if asked.
 
     Raises:
         DataError: there is neither.
@@ -346,7 +368,7 @@ def _model_folder(model: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model))
+        return Path(snapshot_download(model, allow_patterns=None if only is None else list(only)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         hint = "a folder with config.json, tokenizer.json and model.safetensors works, or an id like Qwen/Qwen3-8B"
         raise DataError(f"model = {model!r}: no such folder, and the hub does not give it ({error}); {hint}") from error
