@@ -153,9 +153,7 @@ def _compared(teacher_logprobs: Tensor, student: Columns, tail: Tail) -> _Compar
 
 def _normalised(logprobs: Tensor, used: Tensor) -> Tensor:
     """[T, K] -> [T, K] inside the support; 0 in unused slots."""
-    # A row without support has nothing to normalise: its logsumexp gets harmless values, so that no NaN enters a gradient.
-    empty = ~used.any(dim=-1, keepdim=True)
-    kept = logprobs.masked_fill(~used, -torch.inf).masked_fill(empty, 0.0)
+    kept = logprobs.masked_fill(~used, -torch.inf)
     return (kept - kept.logsumexp(dim=-1, keepdim=True)).masked_fill(~used, 0.0)
 
 
