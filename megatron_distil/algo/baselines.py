@@ -68,9 +68,7 @@ def _of_group(credits: Sequence[Tensor]) -> list[Tensor]:
     for credit in credits:
         total[: len(credit)] += credit
         count[: len(credit)] += 1.0
-    found = []
-    for credit in credits:
-        num_others = count[: len(credit)] - 1.0
-        others = (total[: len(credit)] - credit) / num_others.clamp(min=1.0)
-        found.append(torch.where(num_others > 0.0, others, 0.0))
-    return found
+    return [
+        (total[: len(credit)] - credit) / (count[: len(credit)] - 1.0).clamp(min=1.0)  # alone: 0 over 1
+        for credit in credits
+    ]
