@@ -208,12 +208,19 @@ def _tokens(example: Example, target: Targets | None, decode: Callable[[int], st
     for at, token in enumerate(example.rollout.token_ids):
         entry: dict[str, Any] = {"text": decode(int(token)), "student": round(float(example.rollout.logprobs[at]), 4)}
         if target is not None and at < len(target.support_ids):
-            ids, logprobs = target.support_ids[at], target.logprobs[at]
-            inside = np.flatnonzero(ids == token)
-            entry["teacher"] = round(float(logprobs[inside[0]]), 4) if len(inside) else None
-            best = int(np.argmax(logprobs))
-            if ids[best] >= 0:
-                entry["best"] = decode(int(ids[best]))
-                entry["best_prob"] = round(float(np.exp(logprobs[best])), 4)
+            entry |= _said(target, at, int(token), decode)
         tokens.append(entry)
     return tokens
+
+
+def _said(target: Targets, at: int, token: int, decode: Callable[[int], str]) -> dict[str, Any]:
+    """What the teacher says of a token; without a support, of the sampled one alone."""
+    ids, logprobs = target.support_ids[at], target.logprobs[at]
+    if not len(ids):
+        return {"teacher": round(float(target.sampled[at]), 4)}
+    inside = np.flatnonzero(ids == token)
+    said: dict[str, Any] = {"teacher": round(float(logprobs[inside[0]]), 4) if len(inside) else None}
+    best = int(np.argmax(logprobs))
+    if ids[best] >= 0:
+        said |= {"best": decode(int(ids[best])), "best_prob": round(float(np.exp(logprobs[best])), 4)}
+    return said

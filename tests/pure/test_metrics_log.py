@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_distil.errors import ConfigError
@@ -264,6 +266,17 @@ def test_some_rollouts_are_kept_with_what_the_teacher_saw(tmp_path: Path):
     assert first["context"] == "a?hint>"
     assert first["tokens"][0] == {"text": "<0>", "student": -0.5, "teacher": -0.6931, "best": "<0>", "best_prob": 0.5}
     assert second["tokens"][0] == {"text": "<0>", "student": -0.5}
+
+
+def test_a_teacher_that_was_asked_for_the_sampled_token_alone_is_shown_with_it(tmp_path: Path):
+    samples = JsonLines(tmp_path / "samples.jsonl")
+    log, _, _ = run_log(samples=samples, num_samples=1, decode=lambda token: f"<{token}>")
+    none, sampled = np.zeros((3, 0)), np.array([-0.25, -1.0, -2.0], dtype=np.float32)
+    target = replace(targets(3), support_ids=none.astype(np.int32), logprobs=none.astype(np.float32), sampled=sampled)
+    log.write(5, [example("a", 0, Outcome.FAILED)], [target], [])
+    (kept,) = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [token["teacher"] for token in kept["tokens"][:3]] == [-0.25, -1.0, -2.0]
+    assert "best" not in kept["tokens"][0]
 
 
 def test_closing_a_log_closes_its_sinks():
