@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 8192
-_WARPS = 16
+_WARPS = 32
 _MOST_SLOTS = 128
 _TILE = 4096
 _SCAN_ROWS = 1024
