@@ -151,6 +151,8 @@ def test_opd_on_policy_is_grpo_with_the_expert_as_reward():
     want, _ = gradient({"name": "grpo"}, advantages=-1.5 * gap)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-15)
     assert terms.counts["loss/reverse_kl_nats"].item() == pytest.approx(gap[in_loss()].sum().item())
+    assert terms.counts["loss/policy_gain"].item() == pytest.approx(-1.5 * gap[in_loss()].sum().item())
+    assert terms.counts["train/ratio"].item() == in_loss().sum()
 
 
 def test_the_baseline_is_taken_off_before_factor_and_clip():
@@ -164,6 +166,8 @@ def test_the_baseline_is_taken_off_before_factor_and_clip():
     torch.testing.assert_close(got, logits.grad, rtol=1e-10, atol=1e-15)
     assert terms.maxima["loss/credit_max_nats"] == credit[in_loss()].max() == 0.3
     assert terms.counts["loss/credit_nats"].item() == pytest.approx(credit[in_loss()].sum().item())
+    _, terms = gradient(table, baseline=baseline + 100.0)
+    assert terms.maxima["loss/credit_max_nats"] < -20.0  # a token outside the loss is no maximum
 
 
 def test_only_a_credit_can_have_a_baseline():
