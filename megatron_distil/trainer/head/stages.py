@@ -24,7 +24,7 @@ Ints = NDArray[np.int64]
 R = TypeVar("R", "Level", "Hop", "Stage")
 
 BLOCK = 16
-"""Entries that one product sums up."""
+"""Entries of a block, a power of two."""
 
 
 @dataclass(frozen=True)
@@ -399,10 +399,10 @@ def _tensor(values: NDArray) -> Tensor:
 class _Weights(NamedTuple):
     """Powers of a discount g inside of a block."""
 
-    product: Tensor
-    """[BLOCK + 1, BLOCK]: what lies later in the block, g^(i - t - 1) for i > t; in the last row its total, g^i."""
-    decay: Tensor
-    """[BLOCK, 1] of what lies behind the block, g^(BLOCK - 1 - t)."""
+    halves: tuple[Tensor, ...]
+    """[h, 1] for h = 1, 2, 4, ...: of what begins h rows further along, g^(h - t)."""
+    rest: Tensor
+    """[BLOCK + 1, 1] of what lies behind the block, g^(BLOCK - t)."""
 
 
 class CreditScan:
@@ -458,17 +458,16 @@ class CreditScan:
             )
         carry = self._carry(stage, cost)
         weights, level = self._powers(discount, cost.device), part.levels[0]
-        placed = _placed(cost.double(), level)
-        sums = weights.product @ placed
-        behind = self._behind(sums[BLOCK, : level.blocks], part.levels[1:], discount**BLOCK)
+        sums = _block_sums(cost.double(), level, weights)
+        behind = self._behind(sums[0, : level.blocks], part.levels[1:], discount**BLOCK)
         at, block = part.first_entry, part.first_block
-        totals = placed[at, block] + discount * (sums[at, block] + weights.decay[at, 0] * behind[block])
+        totals = sums[at, block] + weights.rest[at, 0] * behind[block]
         nodes = torch.cat([self._everyone(totals, part.width), carry[part.sequences], carry.new_zeros(1)])
         for hop in part.hops:
             nodes = torch.addcmul(nodes, discount**hop.span, nodes[hop.target])
         carry[part.sequences] = nodes[part.heads]
         behind = torch.addcmul(behind, discount**part.block_after, nodes[part.after][part.block_piece])
-        credit = _with_behind(sums, behind, level, weights)
+        credit = _later_entries(sums, behind, level, weights)
         return (credit / part.later if mean else credit).to(cost.dtype)
 
     def _carry(self, stage: int, cost: Tensor) -> Tensor:
@@ -492,9 +491,9 @@ class CreditScan:
         if not levels:
             return torch.zeros_like(totals)
         weights = self._powers(discount, totals.device)
-        sums = weights.product @ _placed(totals, levels[0])
-        behind = self._behind(sums[BLOCK, : levels[0].blocks], levels[1:], discount**BLOCK)
-        return _with_behind(sums, behind, levels[0], weights)
+        sums = _block_sums(totals, levels[0], weights)
+        behind = self._behind(sums[0, : levels[0].blocks], levels[1:], discount**BLOCK)
+        return _later_entries(sums, behind, levels[0], weights)
 
     def _everyone(self, totals: Tensor, width: int) -> Tensor:
         """[pieces of this rank] -> [ranks * width]."""
@@ -508,12 +507,10 @@ class CreditScan:
 
     def _powers(self, discount: float, device: torch.device) -> _Weights:
         if discount not in self._weights:
-            entry = torch.arange(BLOCK, dtype=torch.float64, device=device)
-            gap = entry - entry[:, None] - 1
-            inside = torch.where(gap >= 0, discount ** gap.clamp(min=0), 0.0)
-            self._weights[discount] = _Weights(
-                product=torch.cat([inside, discount ** entry[None]]), decay=discount ** entry.flip(0)[:, None]
-            )
+            gaps = torch.arange(BLOCK, -1, -1, dtype=torch.float64, device=device)[:, None]
+            rest = discount**gaps
+            halves = tuple(rest[BLOCK - half : BLOCK] for half in _halves())
+            self._weights[discount] = _Weights(halves=halves, rest=rest)
         return self._weights[discount]
 
 
@@ -535,13 +532,24 @@ def future_credit(cost: Tensor, plan: CreditPlan, group: ProcessGroup | None, *,
     return CreditScan(plan, group, cost.device).credit(0, cost, mean=mean, discount=discount)
 
 
-def _placed(entries: Tensor, level: Level) -> Tensor:
-    """[entries] -> [BLOCK, stride], 0 in front of the first entry of a piece."""
-    empty = entries.new_zeros(BLOCK * level.stride)
-    return empty.scatter_(0, level.slots, entries).view(BLOCK, level.stride)
+def _block_sums(entries: Tensor, level: Level, weights: _Weights) -> Tensor:
+    """[entries] -> [BLOCK + 1, stride]: the discounted sum from each entry to the end of its block; nothing behind it.
+
+    Halves of halves are joined: each adds what its second half sums up to, so that no difference is ever taken.
+    """
+    sums = entries.new_zeros((BLOCK + 1) * level.stride).scatter_(0, level.slots, entries).view(BLOCK + 1, level.stride)
+    for half, weight in zip(_halves(), weights.halves, strict=True):
+        pairs = sums[:BLOCK].view(BLOCK // (2 * half), 2, half, level.stride)
+        pairs[:, 0].addcmul_(weight, pairs[:, 1, :1])
+    return sums
 
 
-def _with_behind(sums: Tensor, behind: Tensor, level: Level, weights: _Weights) -> Tensor:
-    """[BLOCK + 1, stride] inside of the blocks, [blocks] behind them -> [entries] together. ``sums`` is overwritten."""
-    sums[:BLOCK, : level.blocks].addcmul_(weights.decay, behind)
-    return sums.view(-1).index_select(0, level.slots)
+def _halves() -> list[int]:
+    """1, 2, 4, ... below BLOCK."""
+    return [1 << bit for bit in range(BLOCK.bit_length() - 1)]
+
+
+def _later_entries(sums: Tensor, behind: Tensor, level: Level, weights: _Weights) -> Tensor:
+    """The sums of the blocks and what lies behind them, [blocks] -> [entries]. ``sums`` is overwritten."""
+    sums[:, : level.blocks].addcmul_(weights.rest, behind)
+    return sums[1:].view(-1).index_select(0, level.slots)
