@@ -17,6 +17,8 @@ from torch import Tensor
 
 CACHE_BYTES = 2**22
 """Logits that a CPU treats at a time, so that every sweep after the first one reads its cache."""
+_LEAST_GAP = -1000.0
+"""exp of it is 0 in float64 too, and so is its product with it; that of -inf would be NaN."""
 
 
 class ExpStats(NamedTuple):
@@ -85,7 +87,7 @@ def _exp_stats_torch(logits: Tensor, support: Tensor, sampled: Tensor, out: Tens
     logits.scatter_(1, columns, -torch.inf)
     peaks, totals = logits.new_empty(len(logits)), logits.new_empty(len(logits))
     is_elsewhere = out.data_ptr() != logits.data_ptr()
-    for part in _cached(logits):
+    for part in _cached(logits, CACHE_BYTES):
         block = logits[part]
         peak = block.amax(-1)
         peaks[part] = peak.masked_fill_(peak == -torch.inf, 0.0)
@@ -173,16 +175,16 @@ def _block_stats_torch(logits: Tensor, size: int, block: int) -> BlockStats:
     num_rows, whole = len(logits), size - size % block
     maxima = logits.new_empty(num_rows, -(-size // block))
     peak, total, moment = (logits.new_empty(num_rows) for _ in range(3))
-    for part in _cached(logits):
+    for part in _cached(logits, CACHE_BYTES // 8):  # small enough that its copies cost no fresh pages
         row = logits[part, :size]
         maxima[part, : whole // block] = row[:, :whole].unflatten(1, (-1, block)).amax(-1)
         if whole < size:
             maxima[part, -1] = row[:, whole:].amax(-1)
         top = maxima[part].amax(-1) if size else row.new_full((len(row),), -torch.inf)
-        gap = row - top.masked_fill(top == -torch.inf, 0.0)[:, None]
+        gap = (row - top.masked_fill(top == -torch.inf, 0.0)[:, None]).clamp_(min=_LEAST_GAP)
         odds = gap.exp()
         peak[part], total[part] = top, odds.sum(-1)
-        moment[part] = gap.masked_fill_(gap == -torch.inf, 0.0).mul_(odds).sum(-1)
+        moment[part] = gap.mul_(odds).sum(-1)
     return BlockStats(maxima=maxima, peak=peak, total=total, moment=moment)
 
 
@@ -227,10 +229,10 @@ def _suffix_scan_torch(values: Tensor, segments: Tensor, carry: Tensor, discount
     return shift, spare[:-1]
 
 
-def _cached(logits: Tensor) -> Iterator[slice]:
+def _cached(logits: Tensor, num_bytes: int) -> Iterator[slice]:
     """Rows of a size that stays in the cache; all rows at once on a device."""
     row_bytes = logits.shape[1] * logits.element_size()
-    step = max(1, CACHE_BYTES // max(1, row_bytes)) if logits.device.type == "cpu" else max(1, len(logits))
+    step = max(1, num_bytes // max(1, row_bytes)) if logits.device.type == "cpu" else max(1, len(logits))
     return (slice(at, at + step) for at in range(0, len(logits), step))
 
 
