@@ -16,11 +16,13 @@ import torch
 import torch.distributed as dist  # noqa: TID251 - targets go from the last stage to every rank of the replica
 from torch import Tensor
 
-from megatron_distil.algo.topk import TopK
+from megatron_distil import algo
 from megatron_distil.config.schema import Config
-from megatron_distil.trainer.head.topk import Voice, at_ids, top_k
+from megatron_distil.errors import NonFiniteLossError
+from megatron_distil.trainer.cp import own_part
+from megatron_distil.trainer.head.topk import Scores, Voice, at_ids, top_k
 from megatron_distil.trainer.model import Student
-from megatron_distil.trainer.update import Placed, place, run_schedule, vocab_shard
+from megatron_distil.trainer.schedule import Placed, place, run_schedule, vocab_shard
 from megatron_distil.types import Example, Ids, Microbatch, Targets
 
 Pack = Callable[[Sequence[tuple[str, Ids, Ids]]], Sequence[tuple[Sequence[int], Microbatch]]]
@@ -68,6 +70,8 @@ class _Row:
     placed: Placed
     slots: tuple[Tensor, ...]
     """For each rank of cp: [N] which response token of the row, in token order, each of its head's rows predicts."""
+    sampled_ids: Tensor
+    """[N] the response tokens that this rank's rows of the head predict."""
 
 
 class SelfTeacher:
@@ -84,6 +88,8 @@ class SelfTeacher:
         self._support = config.teacher.support
         vocab = student.dims.vocab_size
         self._k = vocab if config.teacher.support == "full" else min(config.teacher.top_k, vocab)
+        if not config.objective.needs_support:
+            self._k = 0
         self._temperature = config.rollout.temperature
         self._pack = pack
         dtype = torch.float32 if self._kind == "ema" else student.transformer.params_dtype
@@ -96,22 +102,29 @@ class SelfTeacher:
 
         Raises:
             DataError: a context with its response fits no microbatch.
+            NonFiniteLossError: on every rank of the replica; a logit of a response is NaN or infinite.
         """
         taught = [example for example in examples if example.context is not None]
         support = None
-        if self._support == "student":
-            prompts = [(_name(e), e.prompt.token_ids, e.rollout.token_ids) for e in taught]
+        if self._k == 0:
+            support = [np.empty((len(e.rollout.token_ids), 0), dtype=np.int32) for e in taught]
+        elif self._support == "student":
+            prompts = [(f"rollout {e.rollout.rollout_id}", e.prompt.token_ids, e.rollout.token_ids) for e in taught]
             support = [targets.support_ids for targets in self._read(prompts, "live", None)]
-        contexts = [(_name(e), e.context.token_ids, e.rollout.token_ids) for e in taught if e.context is not None]
+        contexts = [
+            (f"the teacher's context of rollout {e.rollout.rollout_id}", e.context.token_ids, e.rollout.token_ids)
+            for e in taught
+            if e.context is not None
+        ]
         answers = iter(self._read(contexts, self._kind, support))
         return [next(answers) if example.context is not None else None for example in examples]
 
     @torch.no_grad()
     def follow(self) -> None:
-        """theta_T <- (1 - rate) theta_T + rate theta, in float32, for ``ema``; the others stay or have no weights."""
+        """``algo.ema_step`` in float32, for ``ema``; the others stay or have no weights. Once per step, after its updates."""
         if self._kind == "ema":
-            for name, param in self._student.gpt.named_parameters():
-                self._own[name].lerp_(param.float(), self._rate)
+            params = dict(self._student.gpt.named_parameters())
+            algo.ema_step([self._own[name] for name in params], params.values(), rate=self._rate)
 
     def state(self) -> WeightsByName:
         """What a checkpoint holds of the teacher; loading fills these tensors in place."""
@@ -125,19 +138,22 @@ class SelfTeacher:
             return []
         rows = [self._row(indices, microbatch) for indices, microbatch in self._pack(sequences)]
         parts = self._shared(rows, self._spoken(rows, kind, support))
-        return _by_sequence(rows, parts, [len(response) for _, _, response in sequences])
+        found = _by_sequence(rows, parts, [len(response) for _, _, response in sequences])
+        check_finite([name for name, _, _ in sequences], found, kind)
+        return found
 
     def _row(self, sequences: Sequence[int], microbatch: Microbatch) -> _Row:
         mask = microbatch.response_mask
         placed = place(microbatch, mask, self._student.groups)
         number = mask.cumsum(0) - 1
         slots = tuple(number[tokens][mask[tokens]] for tokens in placed.cut.order.cpu())
-        return _Row(sequences, placed, slots)
+        sampled = own_part(microbatch.sampled_ids.to(placed.rows.device), placed.cut).index_select(0, placed.rows)
+        return _Row(sequences, placed, slots, sampled)
 
     @torch.no_grad()
-    def _spoken(self, rows: Sequence[_Row], kind: Kind, support: Sequence[Ids] | None) -> list[TopK]:
+    def _spoken(self, rows: Sequence[_Row], kind: Kind, support: Sequence[Ids] | None) -> list[Scores]:
         """What the head says of each row's response tokens; empty but on the last stage. Logits live for one chunk."""
-        student, found = self._student, list[TopK]()
+        student, found = self._student, list[Scores]()
         first = self._first_voice(rows) if kind == "trust_region" else None
 
         def answer(index: int, hidden: Tensor) -> Tensor:
@@ -169,28 +185,30 @@ class SelfTeacher:
             weight = self._student.head_weight.detach().clone() if is_last else torch.empty(0)
         return states, weight
 
-    def _columns(self, row: _Row, voices: Sequence[Voice], support: Sequence[Ids] | None) -> TopK:
+    def _columns(self, row: _Row, voices: Sequence[Voice], support: Sequence[Ids] | None) -> Scores:
         shard = vocab_shard(self._student)
         if support is None:
-            return top_k(voices, self._k, shard, temperature=self._temperature)
+            return top_k(voices, self._k, row.sampled_ids, shard, temperature=self._temperature)
         whole = np.concatenate([support[i] for i in row.sequences]).astype(np.int64)
         own = row.slots[self._student.groups.cp_rank].numpy()
         ids = torch.from_numpy(whole[own]).to(voices[0].rows.device)
-        return at_ids(voices, ids, shard, temperature=self._temperature)
+        return at_ids(voices, ids, row.sampled_ids, shard, temperature=self._temperature)
 
-    def _shared(self, rows: Sequence[_Row], found: Sequence[TopK]) -> list[Tensor]:
+    def _shared(self, rows: Sequence[_Row], found: Sequence[Scores]) -> list[Tensor]:
         """The columns of every context-parallel rank, on every rank of the replica; two collectives.
 
         Returns:
-            For each rank of cp [rows of all microbatches, 2 K + 1] int32: ids, then the bits of log-probabilities and
-            entropy.
+            For each rank of cp [rows of all microbatches, 2 K + 2] int32: ids, then the bits of log-probabilities, of
+            that of the sampled id, and of the entropy.
         """
         groups = self._student.groups
         counts = [sum(len(row.slots[rank]) for row in rows) for rank in range(groups.cp_size)]
-        bits = torch.zeros(max(counts), 2 * self._k + 1, dtype=torch.int32, device=groups.device)
+        bits = torch.zeros(max(counts), 2 * self._k + 2, dtype=torch.int32, device=groups.device)
         if found:
             ids = torch.cat([columns.ids for columns in found]).int()
-            floats = torch.cat([torch.cat([c.logprobs, c.entropy[:, None]], 1).float() for c in found])
+            floats = torch.cat(
+                [torch.cat([c.logprobs, c.sampled[:, None], c.entropy[:, None]], 1).float() for c in found]
+            )
             bits[: len(ids)] = torch.cat([ids, floats.contiguous().view(torch.int32)], 1)
         whole = bits
         if groups.cp_size > 1:
@@ -239,15 +257,32 @@ def _by_sequence(rows: Sequence[_Row], parts: Sequence[Tensor], lengths: Sequenc
 
 
 def _targets(bits: np.ndarray) -> Targets:
-    k = bits.shape[1] // 2
+    k = bits.shape[1] // 2 - 1
     floats = np.ascontiguousarray(bits[:, k:]).view(np.float32)
     return Targets(
         support_ids=np.ascontiguousarray(bits[:, :k]),
         logprobs=np.ascontiguousarray(floats[:, :k]),
-        entropy=np.ascontiguousarray(floats[:, k]),
-        sampled=np.zeros(len(bits), dtype=np.float32),
+        entropy=np.ascontiguousarray(floats[:, k + 1]),
+        sampled=np.ascontiguousarray(floats[:, k]),
     )
 
 
-def _name(example: Example) -> str:
-    return f"the teacher's context of rollout {example.rollout.rollout_id}"
+def check_finite(names: Sequence[str], found: Sequence[Targets], kind: Kind) -> None:
+    """All ranks of a replica have the same targets, so all of them raise.
+
+    Args:
+        names: of the sequences, for the error.
+        found: targets of each.
+        kind: whose weights were read.
+
+    Raises:
+        NonFiniteLossError: names the first sequence with a logit that is NaN or infinite, and the token.
+    """
+    for name, targets in zip(names, found, strict=True):
+        is_finite = np.isfinite(targets.logprobs).all(1) & np.isfinite(targets.sampled) & np.isfinite(targets.entropy)
+        if not is_finite.all():
+            at = np.flatnonzero(~is_finite)
+            raise NonFiniteLossError(
+                f"{name}: logits are not finite at {len(at)} of {len(is_finite)} response tokens, first at token {at[0]}, "
+                f'with the weights that are read, "{kind}". No update was made in this step; go back to a checkpoint'
+            )
