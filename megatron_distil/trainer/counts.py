@@ -14,6 +14,10 @@ from megatron_distil.algo.objectives.objective import Objective, Tokens
 from megatron_distil.trainer.groups import Groups
 from megatron_distil.types import Batch, Sums
 
+WRONG = ("not_finite", "invalid_support", "wrong_scale")
+"""Tokens whose loss is no number; rows whose support repeats an id or leaves the vocabulary; backwards of the one-pass head that
+were given another scale than it had assumed."""
+
 _PER_TOKEN = (
     "loss/ce_nats",
     "loss/kl_nats",
@@ -39,7 +43,8 @@ class Totals:
     """What the ranks of a replica counted together."""
 
     tokens: float
-    not_finite: float
+    wrong: dict[str, float]
+    """Counts of what must not be, by the names of ``WRONG``; 0 in a step that is done."""
     sums: dict[str, float]
     maxima: dict[str, float]
 
@@ -52,13 +57,21 @@ class Counts:
         self._sums: dict[str, Tensor] = {}
         self._maxima: dict[str, Tensor] = {}
 
+    def counter(self, name: str, device: torch.device) -> Tensor:
+        """[] float64, whose value when the update is over counts as ``name``."""
+        return self._sums.setdefault(name, torch.zeros((), dtype=torch.float64, device=device))
+
+    def add_wrong(self, name: str, count: Tensor) -> None:
+        """Count what must not be; ``name`` is one of ``WRONG``."""
+        self.counter(name, count.device).add_(count)
+
     def add(self, terms: algo.LossTerms, objective: Objective, tokens: Tokens, teacher_entropy: Tensor) -> None:
         """Count one microbatch; all its rows carry a loss."""
         sampled = tokens.student.sampled.detach()
         found = dict(terms.counts)
         for name, value in terms.maxima.items():
             self._peak(name, value)
-        found["not_finite"] = (~sampled.isfinite()).sum()
+        self.add_wrong("not_finite", (~sampled.isfinite()).sum())
         if objective.reads_samples:
             gap = (sampled - tokens.sampling_logprobs).abs()
             found["sync/logprob_gap_nats"] = gap.sum()
@@ -81,7 +94,7 @@ class Counts:
 
         The last stage counts, and there the first tensor rank, since the others have the same numbers.
         """
-        names = ("not_finite", *_PER_TOKEN)
+        names = (*WRONG, *_PER_TOKEN)
         unknown = set(self._sums) - set(names)
         if unknown:
             raise ValueError(f"an objective counts {sorted(unknown)}, which update.py does not know")
@@ -101,8 +114,8 @@ class Counts:
         sums, maxima = everyone.sum(0).tolist(), everyone.amax(0).tolist()[-len(_MAXIMA) :]
         return Totals(
             tokens=sums[0],
-            not_finite=sums[2],
-            sums={name: sums[2 + 2 * i] for i, name in enumerate(names) if i and sums[1 + 2 * i]},
+            wrong={name: sums[2 + 2 * i] for i, name in enumerate(WRONG)},
+            sums={name: sums[2 + 2 * i] for i, name in enumerate(names) if name not in WRONG and sums[1 + 2 * i]},
             maxima={name: value for name, value in zip(_MAXIMA, maxima, strict=True) if value > -math.inf},
         )
 

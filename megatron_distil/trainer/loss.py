@@ -15,7 +15,7 @@ from megatron_distil.trainer.counts import Counts
 from megatron_distil.trainer.cp import own_part
 from megatron_distil.trainer.head.chunk import Layer
 from megatron_distil.trainer.head.columns import HeadInputs, columns
-from megatron_distil.trainer.head.onepass import onepass_loss
+from megatron_distil.trainer.head.onepass import Program, onepass_loss
 from megatron_distil.trainer.head.passes import chunk_rows
 from megatron_distil.trainer.head.stages import CreditPlan, CreditScan, credit_plan
 from megatron_distil.trainer.head.topk_ce import topk_logprobs
@@ -53,12 +53,16 @@ class MicrobatchLoss:
             counted.add(terms, self.objective, tokens, entropy[rows])
             return terms.imitation + terms.credit
 
-        inputs, group = self._inputs(microbatch, placed, rows), placed.cut.group
+        inputs = self._inputs(microbatch, placed, rows)
+        invalid = invalid_rows(inputs.support_ids, self.student.dims.vocab_size).sum()
+        counted.add_wrong("invalid_support", invalid)
         if self._head == "onepass":
-            step = chunk_rows(Layer.of(inputs.weight, inputs.shard, temperature=inputs.temperature))
-            return onepass_loss(inputs, program, self._plan(microbatch, placed, stage_rows=step), group)
-        found = self._columns(inputs)
-        return program(found, torch.arange(len(rows), device=rows.device), self._scan(microbatch, placed))
+            loss = self._onepass(inputs, program, microbatch, placed, counted)
+        else:
+            found = self._columns(inputs)
+            loss = program(found, torch.arange(len(rows), device=rows.device), self._scan(microbatch, placed))
+        # what is not finite, or not meant, makes every gradient NaN, and with it the norm that all ranks see
+        return loss * torch.where(loss.detach().isfinite() & (invalid == 0), 1.0, torch.nan)
 
     @torch.no_grad()
     def before(self, microbatch: Microbatch, placed: Placed, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,6 +79,14 @@ class MicrobatchLoss:
         found = self._columns(inputs)
         tokens = _tokens(found, vectors, torch.arange(len(rows), device=rows.device))
         return found.sampled, self.objective.credit(tokens, self._scan(microbatch, placed))
+
+    def _onepass(
+        self, inputs: HeadInputs, program: Program, microbatch: Microbatch, placed: Placed, counted: Counts
+    ) -> Tensor:
+        step = chunk_rows(Layer.of(inputs.weight, inputs.shard, temperature=inputs.temperature))
+        plan = self._plan(microbatch, placed, stage_rows=step)
+        wrong_scale = counted.counter("wrong_scale", inputs.rows.device)  # its backward counts
+        return onepass_loss(inputs, program, plan, placed.cut.group, wrong_scale=wrong_scale)
 
     def _columns(self, inputs: HeadInputs) -> Columns:
         return columns(inputs) if self._head == "plain" else topk_logprobs(inputs)
@@ -111,6 +123,13 @@ class MicrobatchLoss:
             return scan.credit(0, cost, mean=mean, discount=discount)
 
         return future
+
+
+def invalid_rows(support_ids: Tensor, vocab_size: int) -> Tensor:
+    """[N] bool: whether a support names an id twice, or one that is not in the vocabulary."""
+    ids = support_ids.sort(dim=1).values
+    is_repeated = ((ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)).any(1)
+    return is_repeated | ((ids < -1) | (ids >= vocab_size)).any(1)
 
 
 def at_rows(whole: Tensor, placed: Placed) -> Tensor:

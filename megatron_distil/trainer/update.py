@@ -20,7 +20,7 @@ from megatron_distil.algo.objectives.objective import Objective
 from megatron_distil.errors import NonFiniteLossError
 from megatron_distil.trainer.anchor import Gather, anchored
 from megatron_distil.trainer.counts import Counts, Totals, as_sums
-from megatron_distil.trainer.loss import HeadName, MicrobatchLoss
+from megatron_distil.trainer.loss import HeadName, MicrobatchLoss, invalid_rows
 from megatron_distil.trainer.model import Student
 from megatron_distil.trainer.optim import Optimizer
 from megatron_distil.trainer.schedule import place, run_schedule
@@ -73,9 +73,7 @@ class Updater:
         counted = Counts()
 
         def on_rows(index: int, rows: Tensor) -> Tensor:
-            loss = self._loss(batch.microbatches[index], placed[index], rows, counted)
-            # a loss that is not finite makes every gradient NaN, and with it the norm that all ranks see
-            return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+            return self._loss(batch.microbatches[index], placed[index], rows, counted)
 
         student.ddp.zero_grad_buffer()
         self._optimizer.zero_grad()
@@ -93,11 +91,31 @@ class Updater:
         norm = float(megatron.get_grad_norm())
         if found or not math.isfinite(norm):
             raise NonFiniteLossError(
-                f"gradient norm {norm}, loss not finite at {totals.not_finite:.0f} of {totals.tokens:.0f} tokens of replica "
-                f"{self._student.groups.replica_index}; its microbatches are in {self._saved(batch)}. "
-                "The weights are those before this update"
+                f"gradient norm {norm}, {self._reason(batch, totals)} of replica {self._student.groups.replica_index}; "
+                f"its microbatches are in {self._saved(batch)}. The weights are those before this update"
             )
         return norm
+
+    def _reason(self, batch: Batch, totals: Totals) -> str:
+        """What this replica knows of a norm that is no number."""
+        wrong = totals.wrong
+        if wrong["invalid_support"]:
+            return f"{wrong['invalid_support']:.0f} invalid supports ({self._first_invalid(batch)})"
+        if wrong["wrong_scale"]:
+            return (
+                f"{wrong['wrong_scale']:.0f} backwards that were given another loss scale than the head had assumed, 1,"
+            )
+        return f"loss not finite at {wrong['not_finite']:.0f} of {totals.tokens:.0f} tokens"
+
+    def _first_invalid(self, batch: Batch) -> str:
+        vocab_size = self._student.dims.vocab_size
+        for number, one in enumerate(batch.microbatches):
+            bad = invalid_rows(one.support_ids, vocab_size) & (one.loss_weights != 0)
+            if bad.any():
+                at = int(bad.nonzero()[0])
+                rule = f"ids of a row must differ and lie in 0 to {vocab_size - 1}; -1 in unused slots"
+                return f"support_ids of microbatch {number}, token {at}: {one.support_ids[at].tolist()}; {rule}"
+        return "on another rank"
 
     def _saved(self, batch: Batch) -> Path:
         groups = self._student.groups

@@ -206,6 +206,15 @@ def test_another_scale_in_the_backward_is_counted():
     assert error(weight.grad, want.weight_grad * 2) < 1e-12, "without main_grad any factor is right"
 
 
+def test_another_scale_leaves_no_number_where_the_weight_has_its_gradient_already():
+    p, rows, shard = _alone()
+    hidden, weight = p.hidden.clone().requires_grad_(), p.weight.clone().requires_grad_()
+    weight.main_grad, wrong = torch.zeros_like(p.weight), torch.zeros(())
+    (_one_pass(p, rows, shard, weight, hidden, wrong_scale=wrong) * 2.0).backward()
+    assert wrong == 1
+    assert hidden.grad[rows].isnan().all()
+
+
 def test_a_second_backward_is_refused():
     p, rows, shard = _alone()
     hidden, weight = p.hidden.clone().requires_grad_(), p.weight.clone().requires_grad_()

@@ -83,6 +83,40 @@ def test_a_loss_that_is_not_finite_stops_every_rank_before_the_step(
     run_ranks(_not_finite, world_size, write_tiny_qwen3(tmp_path), where, parallel)
 
 
+def _invalid_support(rank: int, folder: Path, value: int) -> None:
+    run = Run(folder, parallel={"tp": 2})
+    examples = step_examples()
+    (batch,) = run.packer.batches(examples, random_targets(examples), 0)
+    bad = batch.microbatches[-1]
+    at = int(bad.response_mask.nonzero()[0])
+    ids = bad.support_ids.clone()
+    ids[at, 1] = ids[at, 0] if value < 0 else value
+    batch = replace(batch, microbatches=(*batch.microbatches[:-1], replace(bad, support_ids=ids)))
+    named = rf"1 invalid supports \(support_ids of microbatch \d+, token {at}: .*must differ and lie in 0 to 255"
+    before = run.weights()
+    with pytest.raises(NonFiniteLossError, match=named):
+        run.updater.update(batch)
+    assert all(torch.equal(run.weights()[name], weight) for name, weight in before.items())
+
+
+@pytest.mark.parametrize("value", [-1, 256], ids=["repeated", "out of range"])
+def test_a_support_that_is_none_stops_every_rank(value: int, tmp_path: Path) -> None:
+    run_ranks(_invalid_support, 2, write_tiny_qwen3(tmp_path), value)
+
+
+def _scaled(rank: int, folder: Path) -> None:
+    run = Run(folder)
+    examples = step_examples()
+    (batch,) = run.packer.batches(examples, random_targets(examples), 0)
+    run.student.transformer.grad_scale_func = lambda loss: loss * 64.0
+    with pytest.raises(NonFiniteLossError, match="given another loss scale than the head had assumed"):
+        run.updater.update(batch)
+
+
+def test_a_loss_scale_that_the_head_does_not_know_stops_the_step(tmp_path: Path) -> None:
+    run_ranks(_scaled, 1, write_tiny_qwen3(tmp_path))
+
+
 class Infinite(Ce):
     """A loss without a value, whose gradient is as it should be."""
 

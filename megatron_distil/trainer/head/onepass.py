@@ -63,7 +63,7 @@ def onepass_loss(
         group: cp; None: one rank.
         keep_bytes: exponentials of a stage with several chunks that may be kept for its gradients.
         grad_scale: what the backward will be given.
-        wrong_scale: [] counts backwards that were given something else; their gradient of ``main_grad`` is wrong.
+        wrong_scale: [] counts backwards that were given something else. With ``main_grad`` the gradient of the rows is then NaN.
 
     Returns:
         [] loss over the rows of this rank; the gradient of ``rows`` is this rank's part of a sum over tp.
@@ -154,7 +154,9 @@ class _OnePass(torch.autograd.Function):
             )
         (rows_grad, target), ctx.made = ctx.made, None
         scale, wrong_scale = ctx.scale
-        if wrong_scale is not None:
-            wrong_scale += grads[0] != scale
         factor = grads[0] / scale
+        if target.is_in_place:  # it holds the gradient of another loss: no norm may be a number
+            factor = torch.where(grads[0] == scale, factor, torch.nan)
+        if wrong_scale is not None:
+            wrong_scale += (grads[0] != scale) & grads[0].isfinite()
         return rows_grad.mul_(factor), target.returned(factor), None, None, None
