@@ -53,7 +53,9 @@ class TinyRun:
         tokens = next(batches)
         ends = F.pad(torch.tensor(LENGTHS).cumsum(0), (1, 0)).int()
         positions = torch.cat([torch.arange(n) for n in LENGTHS])
-        out = self.student.hidden(tokens[:-1], positions, packed_params(ends))
+        packed = packed_params(ends)
+        out = self.student.ddp(tokens[None, :-1], positions[None], None, packed_seq_params=packed)
+        out = out[0] if self.groups.is_last_stage else out
 
         def loss(logits: torch.Tensor) -> Any:
             losses = tensor_parallel.vocab_parallel_cross_entropy(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -62,8 +63,12 @@ class Student:
             On the last stage the hidden states before the output layer, [T/cp, H] or [T/cp/tp, H] with sequence
             parallelism; on the others what the next stage needs.
         """
-        kept = {"fp32_output": False} if self.transformer.bf16 else {}  # the head decides where it needs float32
-        out = self.ddp(token_ids[None], positions[None], None, packed_seq_params=packed, **kept)
+        options: dict[str, Any] = (
+            {"fp32_output": False} if self.transformer.bf16 else {}
+        )  # the head knows where it needs it
+        if self.groups.is_last_stage and has_output_processor():
+            options["output_processor"] = _hand_out
+        out = self.ddp(token_ids[None], positions[None], None, packed_seq_params=packed, **options)
         return out[0] if self.groups.is_last_stage else out
 
     @property
@@ -83,10 +88,21 @@ class Student:
         return [(known[global_name(name, first_layer)], param) for name, param in self.gpt.named_parameters()]
 
 
+def has_output_processor() -> bool:
+    """Whether this Megatron lets us take the place of its output layer (core 0.18 and newer; PR 4686)."""
+    return "output_processor" in inspect.signature(GPTModel.forward).parameters
+
+
+def _hand_out(*, hidden_states: Tensor, **_: Any) -> Tensor:
+    """[T, 1, H] -> [1, T, H], as Megatron lays out logits."""
+    return hidden_states.transpose(0, 1)
+
+
 class HiddenHead(ColumnParallelLinear):
     """The output layer with a switch: it hands its input through, so that GPTModel returns hidden states.
 
-    An output layer becomes one by assignment to its ``__class__``: parameters, tying and checkpoints stay as they are.
+    For a Megatron without ``output_processor``. An output layer becomes one by assignment to its ``__class__``: parameters,
+    tying and checkpoints stay as they are.
     """
 
     emit_hidden: bool = True
@@ -196,7 +212,7 @@ def _build_gpt(dims: ModelDims, transformer: TransformerConfig, groups: Groups) 
         position_embedding_type=position_embedding,
         rotary_base=dims.rope_theta,  # pyright: ignore[reportArgumentType] - annotated int, used as a float
     )
-    if groups.is_last_stage:
+    if groups.is_last_stage and not has_output_processor():
         gpt.output_layer.__class__ = HiddenHead
     with torch.no_grad():
         for param in gpt.parameters():

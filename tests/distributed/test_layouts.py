@@ -85,7 +85,8 @@ def case(
                 for start, n in zip(ends.tolist(), lengths, strict=False)
             ]
         )
-        out = student.hidden(ids[own], positions[own], packed_params(ends))
+        out = student.ddp(ids[own][None], positions[own][None], None, packed_seq_params=packed_params(ends))
+        out = out[0] if groups.is_last_stage else out
 
         def loss(logits: torch.Tensor) -> Any:
             whole = tensor_parallel.gather_from_tensor_model_parallel_region(logits.detach().clone())[:, :vocab]
