@@ -468,7 +468,9 @@ class CreditScan:
         carry[part.sequences] = nodes[part.heads]
         behind = torch.addcmul(behind, discount**part.block_after, nodes[part.after][part.block_piece])
         credit = _later_entries(sums, behind, level, weights)
-        return (credit / part.later if mean else credit).to(cost.dtype)
+        if mean:
+            credit /= part.later
+        return credit.to(cost.dtype)
 
     def _carry(self, stage: int, cost: Tensor) -> Tensor:
         if stage == self._stage:
