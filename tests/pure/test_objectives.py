@@ -105,6 +105,9 @@ def test_the_ratio_to_the_policy_before_the_step_multiplies_it():
     both, terms = gradient({"name": "distil", "future": "sum", "ratio_clip": 3.0}, old_gap=-5.0, sampling_gap=-0.5)
     torch.testing.assert_close(both, plain * 3 * math.exp(0.5), rtol=1e-10, atol=1e-15)
     assert terms.counts["train/ratio_clipped_frac"] == in_loss().sum()
+    for table in ({"name": "ce"}, {"name": "sdpo"}):
+        got, _ = gradient(table | {"ratio_clip": 3.0}, old_gap=-5.0)
+        torch.testing.assert_close(got, 3 * gradient(table)[0], rtol=1e-10, atol=1e-15)
     off, _ = gradient({"name": "distil", "future": "sum", "ratio_clip": "none"}, old_gap=-5.0)
     torch.testing.assert_close(off, plain, rtol=1e-10, atol=1e-15)
 
