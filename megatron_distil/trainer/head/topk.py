@@ -148,7 +148,7 @@ def _tile(k: int, shard: VocabShard, device: torch.device) -> tuple[int, int]:
 
 
 def _block(k: int, num_columns: int) -> int:
-    """Columns of a block: so many that there are about as many blocks as candidates in k of them."""
+    """Columns of a block: so many that a tile has about as many blocks as k of them have columns."""
     return max(LEAST_BLOCK, 1 << round(math.log2(max(1.0, num_columns / max(1, k))) / 2))
 
 
@@ -168,7 +168,8 @@ def _read(
         sums.append(torch.stack([stats.total, stats.moment]))
         if k:
             leaders.see(logits, stats.maxima, block, shard.first + first)
-    leaders.settle()
+    if leaders.values.shape[1] > k:
+        leaders.settle()
     if not peaks:
         peaks, sums = [picked.new_full((len(wanted),), -torch.inf)], [picked.new_zeros(2, len(wanted))]
     peak = torch.stack(peaks).amax(0)
@@ -201,47 +202,50 @@ class _Leaders:
         """[n] how many columns of the row are taken; the first k are in order, the others as they came."""
 
     def see(self, logits: Tensor, maxima: Tensor, block: int, first: int) -> None:
-        """Take what may be among the largest of a tile, whose ids start at ``first``."""
-        width = logits.shape[1]
-        if width % block:
-            logits = pad(logits, (0, -width % block), value=-torch.inf)
-        blocks = logits.view(-1, block)
+        """Take what may be among the largest of a tile.
+
+        Args:
+            logits: [n, c] of the ids from ``first`` on, all larger than those seen.
+            maxima: [n, ceil(c / block)] of its blocks.
+            block: columns of a block.
+            first: id of the first column.
+        """
         if self.values.shape[1] < self._k:
-            self._take_blocks(blocks, maxima, first, width)
+            values, columns = self._of_largest_blocks(logits, maxima, block)
+            self.values = torch.cat([self.values, values], 1)
+            self.ids = torch.cat([self.ids, columns + first], 1)
+            self.settle()
         else:
-            self._take_better(blocks, maxima, first)
+            self._take_better(logits, maxima, block, first)
 
     def settle(self) -> None:
         """Keep the ``k`` largest, in order."""
         self.values, self.ids = _largest(self.values, self.ids, self._k)
         self._fill.fill_(self._k)
 
-    def _take_blocks(self, blocks: Tensor, maxima: Tensor, first: int, width: int) -> None:
-        (num_rows, num_blocks), block = maxima.shape, blocks.shape[1]
+    def _of_largest_blocks(self, logits: Tensor, maxima: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        """Logits and columns of every one that may be among the k largest of the tile; their number is fixed."""
+        (num_rows, num_blocks), width = maxima.shape, logits.shape[1]
         if num_blocks <= self._k:
-            ids = torch.arange(width, device=blocks.device).expand(num_rows, width)
-            values = blocks.view(num_rows, num_blocks * block)[:, :width]
-        else:
-            numbers = torch.arange(num_blocks, device=blocks.device).expand_as(maxima)
-            _, chosen = _largest(maxima, numbers, self._k)
-            ids = (chosen[:, :, None] * block + torch.arange(block, device=blocks.device)).view(num_rows, -1)
-            chosen = chosen + num_blocks * torch.arange(num_rows, device=blocks.device)[:, None]
-            values = blocks.index_select(0, chosen.view(-1)).view(num_rows, -1)
-        self.values = torch.cat([self.values, values], 1)
-        self.ids = torch.cat([self.ids, ids + first], 1)
-        self.settle()
+            return logits, torch.arange(width, device=logits.device).expand(num_rows, width)
+        numbers = torch.arange(num_blocks, device=logits.device).expand_as(maxima)
+        _, chosen = _largest(maxima, numbers, self._k)
+        columns = (chosen[:, :, None] * block + torch.arange(block, device=logits.device)).view(num_rows, -1)
+        values = logits.gather(1, columns.clamp(max=width - 1)).masked_fill_(columns >= width, -torch.inf)
+        return values, columns
 
-    def _take_better(self, blocks: Tensor, maxima: Tensor, first: int) -> None:
-        """Larger ids have to beat the k-th, not to equal it. Waits for the device: a GPU has one tile."""
-        num_blocks, block = maxima.shape[1], blocks.shape[1]
+    def _take_better(self, logits: Tensor, maxima: Tensor, block: int, first: int) -> None:
+        """Larger ids have to beat the k-th, not to equal it. Waits for the device: a GPU has one tile and is not here."""
+        num_blocks, width = maxima.shape[1], logits.shape[1]
         floor = self.values[:, self._k - 1]
         at = (maxima > floor[:, None]).view(-1).nonzero()[:, 0]
-        found = blocks.index_select(0, at)
+        padded = pad(logits, (0, -width % block), value=-torch.inf) if width % block else logits
+        found = padded.view(-1, block).index_select(0, at)
         hit, offset = (found > floor[at // num_blocks, None]).nonzero().unbind(1)
         row, number = at[hit] // num_blocks, at[hit] % num_blocks
         counts = row.bincount(minlength=len(floor))
         self._make_room(counts)
-        place = torch.arange(len(row)) - (counts.cumsum(0) - counts - self._fill)[row]
+        place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts - self._fill)[row]
         self.values[row, place] = found[hit, offset]
         self.ids[row, place] = number * block + offset + first
         self._fill += counts
