@@ -78,9 +78,10 @@ class Counts:
             if len(gap):
                 self._peak("sync/logprob_gap_max_nats", gap.amax())
         if objective.needs_teacher:
-            is_used = tokens.teacher_logprobs > -torch.inf
-            found["teacher/support_mass_frac"] = tokens.teacher_logprobs.exp().sum()
-            found["teacher/student_mass_frac"] = (tokens.student.support.detach().exp() * is_used).sum()
+            if objective.needs_support:
+                is_used = tokens.teacher_logprobs > -torch.inf
+                found["teacher/support_mass_frac"] = tokens.teacher_logprobs.exp().sum()
+                found["teacher/student_mass_frac"] = (tokens.student.support.detach().exp() * is_used).sum()
             found["teacher/entropy_nats"] = teacher_entropy.sum()
         for name, value in found.items():
             self._sums[name] = self._sums[name] + value.detach().double() if name in self._sums else value.double()
