@@ -284,4 +284,4 @@ def suffix_scan(values: Tensor, segments: Tensor, carry: Tensor, discount: float
 
 def _slots(num_slots: int) -> int:
     """Slots of a support that a program takes at a time."""
-    return min(_MOST_SLOTS, triton.next_power_of_2(max(1, num_slots)))
+    return min(_MOST_SLOTS, 1 << max(0, num_slots - 1).bit_length())
