@@ -5,14 +5,12 @@ Expected values are those of the specification on whole logits in float64, gradi
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
 from megatron_distil import algo
 from megatron_distil.algo.vocabulary import Columns
-from megatron_distil.trainer.head.kernels import ExpStats, block_stats, exp_stats, patch, suffix_scan
+from megatron_distil.trainer.head.kernels import ExpStats, block_stats, exp_stats, patch
 
 VOCAB = 300
 SHARDS = {1: ((0, 300),), 2: ((0, 192), (192, 108)), 4: ((0, 100), (100, 100), (200, 100), (300, 0))}
@@ -78,8 +76,11 @@ def check_gradients(
     for (first, size), part, e in zip(SHARDS[num_shards], parts, exps, strict=True):
         beta = total * (part.peak - whole).exp() + upstream.tail * (part.peak - tail).exp()
         entries = (upstream.support + total[:, None] * got.support.exp()) / beta[:, None]
+        is_sampled = (support == sampled[:, None]) & (support >= 0)
+        entries = entries + torch.where(is_sampled, upstream.sampled[:, None], 0.0) / beta[:, None]
         entries = torch.where(local(support, first, size) >= 0, entries, torch.nan)  # anything, where it is not used
-        given = (entries, (got.sampled + whole - part.peak).exp(), upstream.sampled / beta)
+        alone = (got.sampled + whole - part.peak).exp() + upstream.sampled / beta
+        given = (entries, torch.where(is_sampled.any(1), torch.nan, alone))
         here = (local(x, first, size).to(device) for x in (support, sampled))
         patch(e, *here, *(x.to(device, dtype) for x in given), size)
         found.append(beta[:, None] * e[:, :size].cpu().double())
@@ -139,11 +140,8 @@ def check_no_rows(device: str) -> None:
     stats = exp_stats(buffer, none.view(0, 4), none, buffer, 60)
     assert [len(x) for x in stats] == [0, 0, 0, 0]
     empty = torch.zeros(0, device=device)
-    patch(buffer, none.view(0, 4), none, empty.view(0, 4), empty, empty, 60)
+    patch(buffer, none.view(0, 4), none, empty.view(0, 4), empty, 60)
     assert block_stats(buffer, 60, 16).maxima.shape == (0, 4)
-    later, carry = suffix_scan(empty, none, torch.ones(2, dtype=torch.float64, device=device), discount=1.0)
-    assert later.shape == (0,)
-    assert carry.tolist() == [1.0, 1.0]
 
 
 def check_block_stats(device: str, *, size: int, block: int) -> None:
@@ -169,23 +167,3 @@ def check_block_stats(device: str, *, size: int, block: int) -> None:
     lse = logits[real].double().logsumexp(1)
     torch.testing.assert_close(peak + total.log(), lse, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(total.log() - moment / total, entropy, rtol=2e-6, atol=2e-6)
-
-
-def check_suffix_scan(device: str, *, dtype: torch.dtype, discount: float) -> None:
-    """Chunks from the end with a carry give the credit of whole sequences; an unused carry stays."""
-    lengths, cuts = [40, 1, 1, 33, 5, 70], (0, 3, 39, 40, 41, 90, 150)
-    segments = torch.repeat_interleave(torch.arange(6), torch.tensor(lengths))
-    cost = torch.rand(150, generator=torch.Generator().manual_seed(6)).to(dtype)
-    carry = torch.zeros(8, dtype=torch.float64)
-    carry[7] = 3.0
-    carry, parts = carry.to(device), []
-    for at, end in reversed(list(pairwise(cuts))):
-        later, carry = suffix_scan(cost[at:end].to(device), segments[at:end].to(device), carry, discount=discount)
-        parts.insert(0, later.cpu())
-    is_row = torch.ones(150, dtype=torch.bool)
-    want = algo.future_credit(cost.double(), is_row, segments, discount=discount)
-    torch.testing.assert_close(torch.cat(parts), want, rtol=1e-13, atol=1e-13)
-    assert carry[7] == 3.0
-    assert carry[6] == 0.0
-    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
-    torch.testing.assert_close(carry[:6].cpu(), cost[starts] + discount * want[starts], rtol=1e-13, atol=1e-13)

@@ -55,12 +55,6 @@ def test_block_statistics_equal_those_of_whole_rows(size: int, block: int) -> No
     checks.check_block_stats("cuda", size=size, block=block)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("discount", [1.0, 0.9, 0.0])
-def test_the_scan_equals_the_specification_however_rows_are_cut(dtype: torch.dtype, discount: float) -> None:
-    checks.check_suffix_scan("cuda", dtype=dtype, discount=discount)
-
-
 def _chunk(num_rows: int = 264, num_slots: int = 100) -> tuple[Tensor, Tensor, Tensor]:
     draw = torch.Generator("cuda").manual_seed(0)
     logits = torch.randn(num_rows, WIDTH, generator=draw, device="cuda") * 4
@@ -84,10 +78,10 @@ def test_a_chunk_of_a_real_vocabulary_equals_its_pytorch_form(exps: torch.dtype)
 
     draw = torch.Generator("cuda").manual_seed(1)
     at_support = torch.randn(support.shape, generator=draw, device="cuda")
-    sampled_exp, at_sampled = torch.rand(2, len(support), generator=draw, device="cuda")
+    at_sampled = torch.rand(len(support), generator=draw, device="cuda")
     twin = out.clone()
-    kernels.patch(out, support, sampled, at_support, sampled_exp, at_sampled, SIZE)
-    kernels._patch_torch(twin, support, sampled, at_support, sampled_exp, at_sampled, SIZE)
+    kernels.patch(out, support, sampled, at_support, at_sampled, SIZE)
+    kernels._patch_torch(twin, support, sampled, at_support, at_sampled, SIZE)
     assert torch.equal(out[:, :SIZE], twin[:, :SIZE])
 
 
@@ -123,14 +117,12 @@ def test_rows_beyond_the_range_of_int32_are_reached() -> None:
 
 def test_nothing_waits_for_the_device() -> None:
     logits, support, sampled = _chunk()
-    segments, carry = torch.arange(264, device="cuda") // 50, torch.zeros(6, dtype=torch.float64, device="cuda")
     for mode in ("default", "error"):  # the first round compiles
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode(mode)
         try:
             stats = kernels.exp_stats(logits, support, sampled, logits, SIZE)
-            kernels.patch(logits, support, sampled, stats.support, stats.sampled, stats.total, SIZE)
+            kernels.patch(logits, support, sampled, stats.support, stats.sampled, SIZE)
             kernels.block_stats(logits, SIZE, 64)
-            kernels.suffix_scan(stats.total, segments, carry, discount=0.9)
         finally:
             torch.cuda.set_sync_debug_mode("default")

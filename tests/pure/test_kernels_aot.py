@@ -81,7 +81,7 @@ def test_exp_stats_reads_four_logits_at_a_time(build, exps, num_slots):
 @pytest.mark.parametrize("exps", ["*bf16", "*fp32"])
 @pytest.mark.parametrize("num_slots", [1, 20, 1000])
 def test_patch_needs_one_warp_and_no_barrier(build, exps, num_slots):
-    pointers = dict.fromkeys(("at_support", "sampled_exp", "at_sampled"), "*fp32")
+    pointers = dict.fromkeys(("at_support", "at_sampled"), "*fp32")
     ids = dict.fromkeys(("support", "sampled"), "*i64")
     constants = {"SLOTS": kernels._slots(num_slots)}
     made = build(kernels.patch_kernel, {**pointers, **ids, "exps": exps}, constants, warps=1)
@@ -96,12 +96,3 @@ def test_block_statistics_read_four_logits_at_a_time(build, block):
     each = kernels._TILE // (32 * 8 * 4)
     assert made.count(r"ld\.global\S*\.v4\.b32") == each, "one sweep"
     assert made.count(r"ld\.global") == each, "and nothing else is read"
-
-
-@pytest.mark.parametrize("values", ["*fp32", "*fp64"])
-def test_the_scan_adds_in_float64(build, values):
-    pointers = {"values": values, "segments": "*i64", **dict.fromkeys(("carry", "later", "new_carry"), "*fp64")}
-    constants = {"DISCOUNT": 0.9, "ROWS": kernels._SCAN_ROWS}
-    made = build(kernels.suffix_scan_kernel, pointers, constants, warps=4)
-    assert made.count(r"(?:add|mul|fma)\S*\.f32") == 0
-    assert made.count(r"fma\.rn\.f64") > 0

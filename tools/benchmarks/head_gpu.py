@@ -381,7 +381,7 @@ def passes(problem: Problem, chunk: int) -> dict[str, Callable[[], None]]:
     entries, ones = torch.ones(support.shape, device=logits.device), torch.ones(num_rows, device=logits.device)
     return {
         "exp_stats": lambda: void(kernels.exp_stats(logits, support, sampled, exps, size)),
-        "patch": lambda: kernels.patch(exps, support, sampled, entries, ones, ones, size),
+        "patch": lambda: kernels.patch(exps, support, sampled, entries, ones, size),
         "block_stats": lambda: void(kernels.block_stats(logits, size, 64)),
     }
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from megatron_distil.algo.vocabulary import Columns
 from megatron_distil.trainer.head.columns import VocabShard
-from megatron_distil.trainer.head.kernels import ExpStats, exp_stats
+from megatron_distil.trainer.head.kernels import ExpStats, exp_stats, patch
 
 _LEAST_BETA = {torch.float32: 1e-20, torch.float64: 1e-150}
 """Smallest |beta| relative to the row's gradient: what lies outside S is then below it as well, and nothing overflows."""
@@ -212,10 +212,14 @@ def add_gradients(
     to_tail = torch.where(has_tail, outside * (log_a - stats.columns.tail.double()).exp(), 0.0)
     alone = at_sampled + total * log_a.exp() + to_tail
     shard = layer.shard
-    entries = torch.cat([at_support, alone[:, None]], 1) / beta[:, None]
-    ids = torch.cat([chunk.support_ids, chunk.sampled_ids.masked_fill(is_sampled.any(1), -1)[:, None]], 1)
-    local = shard.local(ids)
-    exps.scatter_(1, torch.where(local >= 0, local, shard.size), entries.to(exps.dtype))
+    patch(
+        exps,
+        shard.local(chunk.support_ids),
+        shard.local(chunk.sampled_ids),
+        (at_support / beta[:, None]).to(layer.dtype),
+        (alone / beta).to(layer.dtype),
+        shard.size,
+    )
     factor = torch.where(is_live, beta * scale, 0.0).to(layer.dtype)[:, None]
     exps = exps[:, : shard.size]
     layer.add_weight_gradient(exps, (chunk.rows * factor).to(chunk.rows.dtype), weight_grad)

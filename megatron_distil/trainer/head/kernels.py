@@ -2,7 +2,7 @@
 
 Every function works on one rank's rows of the output layer and gives local results; sums over tp are the caller's. Each is
 deterministic (no atomics) and never waits for the device. The PyTorch form of each, ``_NAME_torch``, is what its kernel in
-``triton_kernels.py`` is compared with; float64 has no other form, save in the scan.
+``triton_kernels.py`` is compared with; float64 has no other form.
 """
 
 from __future__ import annotations
@@ -103,21 +103,19 @@ def patch(
     support: Tensor,
     sampled: Tensor,
     at_support: Tensor,
-    sampled_exp: Tensor,
     at_sampled: Tensor,
     size: int,
 ) -> None:
     """Writes the K + 1 entries of a row of E that a factor of the row does not describe.
 
-        E_k <- at_support_k  at k in S,      E_a <- at_sampled + (E_a in S, exp(z_a - r) outside)
+        E_k <- at_support_k  at k in S,      E_a <- at_sampled  where a is outside S
 
     Args:
         exps: [n, W] as ``exp_stats`` left it; changed in place.
         support: [n, K] int64 columns, as in ``exp_stats``.
         sampled: [n] int64 column, as in ``exp_stats``.
-        at_support: [n, K] without what the sampled id adds; anything where ``support`` is -1.
-        sampled_exp: [n] exp(z_a - r), which a narrow ``exps`` has rounded; anything where ``sampled`` is -1.
-        at_sampled: [n] what the sampled id adds.
+        at_support: [n, K] the whole entry, with what the sampled id adds where it is in S; anything where ``support`` is -1.
+        at_sampled: [n] the whole entry; anything where ``sampled`` is -1 or in S.
         size: columns that count.
 
     Raises:
@@ -128,9 +126,9 @@ def patch(
     _check_buffer(exps, size)
     compiled = _compiled(exps)
     if compiled is not None and exps.dtype != torch.float64:
-        compiled.patch(exps, support, sampled, at_support, sampled_exp, at_sampled)
+        compiled.patch(exps, support, sampled, at_support, at_sampled)
         return
-    _patch_torch(exps, support, sampled, at_support, sampled_exp, at_sampled, size)
+    _patch_torch(exps, support, sampled, at_support, at_sampled, size)
 
 
 def _patch_torch(
@@ -138,18 +136,13 @@ def _patch_torch(
     support: Tensor,
     sampled: Tensor,
     at_support: Tensor,
-    sampled_exp: Tensor,
     at_sampled: Tensor,
     size: int,
 ) -> None:
-    is_support, is_sampled = support >= 0, sampled >= 0
-    is_both = is_support & (support == sampled[:, None])
-    entries = at_support + torch.where(is_both, at_sampled[:, None], 0.0)
-    entries = torch.where(is_support, entries, 0.0).to(exps.dtype)
-    exps.scatter_(1, torch.where(is_support, support, size), entries)
-    is_alone = is_sampled & ~is_both.any(1)
-    entry = torch.where(is_alone, sampled_exp + at_sampled, 0.0).to(exps.dtype)
-    exps.scatter_(1, torch.where(is_alone, sampled, size)[:, None], entry[:, None])
+    is_alone = (sampled >= 0) & ~((support >= 0) & (support == sampled[:, None])).any(1)
+    columns = torch.cat([support, torch.where(is_alone, sampled, -1)[:, None]], 1)
+    entries = torch.cat([at_support, at_sampled[:, None]], 1)
+    exps.scatter_(1, torch.where(columns >= 0, columns, size), entries.to(exps.dtype))
 
 
 def block_stats(logits: Tensor, size: int, block: int) -> BlockStats:
@@ -186,47 +179,6 @@ def _block_stats_torch(logits: Tensor, size: int, block: int) -> BlockStats:
         peak[part], total[part] = top, odds.sum(-1)
         moment[part] = gap.mul_(odds).sum(-1)
     return BlockStats(maxima=maxima, peak=peak, total=total, moment=moment)
-
-
-def suffix_scan(values: Tensor, segments: Tensor, carry: Tensor, *, discount: float) -> tuple[Tensor, Tensor]:
-    """Discounted sum over the strictly later rows of each segment, chunk by chunk from the end.
-
-        c_t = v_(t+1) + discount c_(t+1) inside a segment,    c_t = carry at its last row here
-
-    Args:
-        values: [n] float, nats; taken as float64.
-        segments: [n] int64 below S; equal for rows of one segment, which are contiguous.
-        carry: [S] float64, for each segment the sum over its rows in the later chunks, seen from the row before them.
-        discount: weight of the next row, in [0, 1].
-
-    Returns:
-        c [n] float64, and the carry for the next earlier chunk, [S] float64. Segments without a row here keep theirs.
-    """
-    compiled = _compiled(values)
-    if compiled is not None:
-        return compiled.suffix_scan(values, segments, carry, discount)
-    return _suffix_scan_torch(values, segments, carry, discount)
-
-
-def _suffix_scan_torch(values: Tensor, segments: Tensor, carry: Tensor, discount: float) -> tuple[Tensor, Tensor]:
-    values, carry = values.double(), carry.clone()
-    if not len(values):
-        return values, carry
-    goes_on = torch.zeros_like(segments, dtype=torch.bool)
-    goes_on[:-1] = segments[1:] == segments[:-1]
-    # an affine map per row, c_t = shift_t + slope_t c_(t+1); maps are composed over a reach that doubles
-    shift, slope = torch.where(goes_on, values.roll(-1), carry[segments]), discount * goes_on.double()
-    reach = 1
-    while reach < len(values):
-        shift[:-reach] += slope[:-reach] * shift[reach:]
-        slope = torch.cat([slope[:-reach] * slope[reach:], slope[-reach:]])
-        reach *= 2
-    is_first = torch.ones_like(goes_on)
-    is_first[1:] = ~goes_on[:-1]
-    # rows that are no first go to a spare slot: an index of varying length would wait for the device
-    spare = torch.cat([carry, carry.new_zeros(1)])
-    spare.scatter_(0, torch.where(is_first, segments, len(carry)), values + discount * shift)
-    return shift, spare[:-1]
 
 
 def _cached(logits: Tensor, num_bytes: int) -> Iterator[slice]:

@@ -19,8 +19,8 @@ from torch.nn.functional import pad
 from megatron_distil.trainer.head.columns import VocabShard, wide_logits
 from megatron_distil.trainer.head.kernels import block_stats
 
-TILE_ROWS = 256
-TILE_COLUMNS = 4096
+TILE_ROWS = 512
+TILE_COLUMNS = 2048
 """Logits that a CPU holds at a time, which then lie in its cache. A GPU takes a rank's ids in one tile, ``VocabShard.chunk`` rows."""
 LEAST_BLOCK = 32
 _LAST_ID = 0x7FFFFFFF

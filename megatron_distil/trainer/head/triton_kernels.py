@@ -1,6 +1,6 @@
 """The passes of ``kernels.py`` on a GPU, in Triton. Imported by it alone, where Triton is installed.
 
-One program per row, which takes its row in blocks of columns; statistics in float32. The scan is one program in float64. A row is
+One program per row, which takes its row in blocks of columns; statistics in float32. A row is
 read twice by ``exp_stats``, the second time from its end: what was read last is what the cache still has.
 """
 
@@ -9,7 +9,6 @@ read twice by ``exp_stats``, the second time from its end: what was read last is
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,7 +17,6 @@ _BLOCK = 8192
 _WARPS = 32
 _MOST_SLOTS = 128
 _TILE = 4096
-_SCAN_ROWS = 1024
 
 
 @triton.jit
@@ -111,7 +109,6 @@ def patch_kernel(  # noqa: PLR0913 - a kernel has no records
     support,
     sampled,
     at_support,
-    sampled_exp,
     at_sampled,
     num_slots,
     exps_stride,
@@ -119,22 +116,20 @@ def patch_kernel(  # noqa: PLR0913 - a kernel has no records
 ):
     row = tl.program_id(0).to(tl.int64)
     e, slots = exps + row * exps_stride, row * num_slots
-    own, extra = tl.load(sampled + row), tl.load(at_sampled + row)
+    own = tl.load(sampled + row)
     num_hits = 0
     for first in range(0, num_slots, SLOTS):
         slot = first + tl.arange(0, SLOTS)
         columns = tl.load(support + slots + slot, slot < num_slots, -1)
         is_both = (columns >= 0) & (columns == own)
-        entry = tl.load(at_support + slots + slot, columns >= 0, 0.0) + tl.where(is_both, extra, 0.0)
+        entry = tl.load(at_support + slots + slot, columns >= 0, 0.0)
         tl.store(e + columns, entry.to(exps.dtype.element_ty), columns >= 0)
         num_hits += tl.sum(is_both.to(tl.int32), 0)
-    entry = tl.load(sampled_exp + row) + extra
+    entry = tl.load(at_sampled + row)
     tl.store(e + own, entry.to(exps.dtype.element_ty), (own >= 0) & (num_hits == 0))
 
 
-def patch(
-    exps: Tensor, support: Tensor, sampled: Tensor, at_support: Tensor, sampled_exp: Tensor, at_sampled: Tensor
-) -> None:
+def patch(exps: Tensor, support: Tensor, sampled: Tensor, at_support: Tensor, at_sampled: Tensor) -> None:
     """``kernels.patch`` of float32 or bfloat16 exponentials."""
     num_rows, num_slots = support.shape
     if num_rows:
@@ -143,7 +138,6 @@ def patch(
             support.contiguous(),
             sampled.contiguous(),
             at_support.contiguous(),
-            sampled_exp.contiguous(),
             at_sampled.contiguous(),
             num_slots,
             exps.stride(0),
@@ -226,60 +220,6 @@ def block_stats(logits: Tensor, size: int, block: int) -> tuple[Tensor, Tensor, 
             enable_fp_fusion=True,
         )
     return maxima, peaks, totals, moments
-
-
-@triton.jit
-def suffix_scan_kernel(  # noqa: PLR0913 - a kernel has no records
-    values,
-    segments,
-    carry,
-    later,
-    new_carry,
-    num_rows,
-    DISCOUNT: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """One program. Rows are taken from the last to the first, each an affine map of what comes after it."""
-    after = tl.full((), 0.0, tl.float64)
-    for done in range(0, num_rows, ROWS):
-        row = num_rows - 1 - done - tl.arange(0, ROWS)
-        segment = tl.load(segments + row, row >= 0, -1)
-        following = tl.load(segments + row + 1, (row >= 0) & (row + 1 < num_rows), -1)
-        goes_on = following == segment
-        value = tl.load(values + row + 1, goes_on & (row >= 0), 0.0).to(tl.float64)
-        shift = tl.where(goes_on, value, tl.load(carry + segment, (row >= 0) & (following != segment), 0.0))
-        slope = tl.where(goes_on, tl.full((ROWS,), DISCOUNT, tl.float64), 0.0)
-        slope, shift = tl.associative_scan((slope, shift), 0, _composed)
-        credit = shift + slope * after
-        tl.store(later + row, credit, row >= 0)
-        preceding = tl.load(segments + row - 1, row >= 1, -1)
-        own = tl.load(values + row, row >= 0, 0.0).to(tl.float64)
-        tl.store(new_carry + segment, own + DISCOUNT * credit, (row >= 0) & (preceding != segment))
-        after = tl.sum(tl.where(row == num_rows - done - ROWS, credit, 0.0), 0)
-
-
-@triton.jit
-def _composed(first_slope, first_shift, slope, shift):
-    return first_slope * slope, shift + slope * first_shift
-
-
-def suffix_scan(values: Tensor, segments: Tensor, carry: Tensor, discount: float) -> tuple[Tensor, Tensor]:
-    """``kernels.suffix_scan``."""
-    later, new_carry = values.new_empty(len(values), dtype=torch.float64), carry.clone()
-    if len(values):
-        suffix_scan_kernel[(1,)](
-            values.contiguous(),
-            segments.contiguous(),
-            carry.contiguous(),
-            later,
-            new_carry,
-            len(values),
-            DISCOUNT=discount,
-            ROWS=_SCAN_ROWS,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
-    return later, new_carry
 
 
 def _slots(num_slots: int) -> int:
