@@ -226,37 +226,47 @@ def results(options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"benchmark": "head", "baseline": "naive: full logits, autograd"}
     if options.only in (None, "head"):
         found |= head_results(options.rounds, LARGE + (OTHERS if options.all_shapes else []))
-    if options.only in (None, "topk"):
-        from bench_topk import results as topk_results
-
-        found |= topk_results(rounds=options.rounds)
-    if options.only in (None, "scan"):
-        from bench_scan import results as scan_results
-
-        found |= scan_results(rounds=options.rounds)
+    for name in ("topk", "scan"):
+        if options.only in (None, name):
+            part = beside(f"bench_{name}.py", options.rounds)
+            found[name] = part
+            found |= {key: value for key, value in part.items() if key.startswith(name)}
+    if "scan" in found:
+        found["scan_times_of_cumsum"] = found["scan"]["times_of_cumsum"]
+        found["scan_faster_than_loop"] = found["scan"]["faster_than_loop"]
     return found | described()
+
+
+def beside(script: str, rounds: int) -> dict[str, Any]:
+    """What a neighbour measures; its table is printed."""
+    command = [sys.executable, str(HERE.parent / script), "--rounds", str(rounds)]
+    *table, last = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=True, timeout=3600
+    ).stdout.splitlines()
+    print("\n".join(table))
+    return json.loads(last)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--device", choices=["cpu", "cuda"], default="cpu", help="cuda: the table of head_gpu.py  [cpu]"
+        "--device", choices=["cpu", "cuda"], default="cpu", help="cuda: head_gpu.py, with its arguments  [cpu]"
     )
     parser.add_argument("--only", choices=["head", "topk", "scan"], help="one part")
     parser.add_argument("--rounds", type=int, default=3, help="of every variant  [3]")
     parser.add_argument("--all-shapes", action="store_true", help="smaller vocabularies as well")
     parser.add_argument("--out", type=Path, help="also write the result there")
     parser.add_argument("--one", nargs=2, metavar=("VARIANT", "SHAPE"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options, others = parser.parse_known_args()
+    if options.device == "cuda":
+        subprocess.run([sys.executable, str(HERE.parent / "head_gpu.py"), "--device", "cuda", *others], check=True)
+        return
+    if others:
+        parser.error(f"unknown arguments: {' '.join(others)}")
     if options.one:
         print(json.dumps(measured_here(options.one[0], Shape(*map(int, options.one[1].split(","))))))
         return
-    if options.device == "cuda":
-        import head_gpu
-
-        found = head_gpu.results()
-    else:
-        found = results(options)
+    found = results(options)
     if options.out is not None:
         options.out.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found))
