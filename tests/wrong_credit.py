@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,26 +12,49 @@ from torch import Tensor
 from megatron_distil import algo
 from megatron_distil.cli import main
 
-_right = algo.future_credit
+HEAD = "train.head=composable"
+"""Costs of earlier tokens are known to a head that has all of them before the first gradient."""
 
 
-def flipped(cost: Tensor, mask: Tensor, segment_ids: Tensor, *, mean: bool, discount: float) -> Tensor:
+def flipped() -> None:
     """Praise for what it should blame."""
-    return -_right(cost, mask, segment_ids, mean=mean, discount=discount)
+    _replace_credit(lambda credit: -credit)
 
 
-def missing(cost: Tensor, mask: Tensor, segment_ids: Tensor, *, mean: bool, discount: float) -> Tensor:
+def missing() -> None:
     """None at all."""
-    return torch.zeros_like(cost)
+    _replace_credit(torch.zeros_like)
 
 
-def misdirected(cost: Tensor, mask: Tensor, segment_ids: Tensor, *, mean: bool, discount: float) -> Tensor:
+def misdirected() -> None:
     """The cost of earlier tokens instead of later ones."""
-    return _right(cost.flip(0), mask.flip(0), segment_ids.flip(0), mean=mean, discount=discount).flip(0)
+    from megatron_distil.trainer.loss import MicrobatchLoss, at_rows
+
+    def scan(_: MicrobatchLoss, microbatch: Any, placed: Any) -> Callable[..., Tensor]:
+        segment_ids = at_rows(microbatch.segment_ids, placed).flip(0)
+
+        def earlier(cost: Tensor, *, mean: bool, discount: float) -> Tensor:
+            every = torch.ones_like(segment_ids, dtype=torch.bool)
+            return algo.future_credit(cost.flip(0), every, segment_ids, mean=mean, discount=discount).flip(0)
+
+        return earlier
+
+    MicrobatchLoss._scan = scan
 
 
-KINDS: dict[str, Callable[..., Tensor]] = {"flipped": flipped, "missing": missing, "misdirected": misdirected}
+def _replace_credit(wrong: Callable[[Tensor], Tensor]) -> None:
+    from megatron_distil.trainer.head.stages import CreditScan
+
+    right = CreditScan.credit
+
+    def credit(self: CreditScan, stage: int, cost: Tensor, *, mean: bool, discount: float) -> Tensor:
+        return wrong(right(self, stage, cost, mean=mean, discount=discount))
+
+    CreditScan.credit = credit
+
+
+KINDS: dict[str, Callable[[], None]] = {"flipped": flipped, "missing": missing, "misdirected": misdirected}
 
 if __name__ == "__main__":
-    algo.future_credit = KINDS[sys.argv[1]]
+    KINDS[sys.argv[1]]()
     main(sys.argv[2:])

@@ -10,7 +10,7 @@ import pytest
 from launchers.jobplan import Job
 from megatron_distil.tasks.two_roads import first_road_shares
 from tests.quickstart import Edit, launched, metrics, train_plan, values, warm_start
-from tests.wrong_credit import KINDS
+from tests.wrong_credit import HEAD, KINDS
 
 STEPS, SETTLED = 40, 20
 LONGEST_S = 900.0
@@ -32,7 +32,7 @@ def trained(folder: Path, *settings: str, edit: Edit = lambda job: job) -> float
 def with_credit(kind: str, job: Job) -> Job:
     """The same command with a wrong credit."""
     at = job.command.index("megatron_distil")
-    return replace(job, command=(*job.command[:at], "tests.wrong_credit", kind, *job.command[at + 1 :]))
+    return replace(job, command=(*job.command[:at], "tests.wrong_credit", kind, *job.command[at + 1 :], HEAD))
 
 
 def test_summed_credit_leaves_the_road_that_costs_later(tmp_path):
