@@ -115,7 +115,7 @@ class Layer:
             torch.mm(rows, self.weight.t(), out=out[:, :size])
             return out
         wide = torch.empty(len(rows), self.shard.width, dtype=self.dtype, device=rows.device)
-        wide[:, :size] = torch.mm(rows, self.weight.t(), out_dtype=self.dtype)
+        torch.mm(rows, self.weight.t(), out_dtype=self.dtype, out=wide[:, :size])
         return wide
 
     def add_weight_gradient(self, exps: Tensor, rows: Tensor, out: Tensor) -> None:
