@@ -53,7 +53,7 @@ TESTS = {
         f"megatron_distil/trainer/head/{name}.py": _HEADS
         for name in ("chunk", "passes", "topk_ce", "onepass", "columns")
     },
-    "megatron_distil/trainer/head/stages.py": ("tests/pure/test_stages.py",),
+    **{f"megatron_distil/trainer/head/{name}.py": ("tests/pure/test_stages.py",) for name in ("stages", "scan")},
     "megatron_distil/trainer/head/topk.py": ("tests/distributed/test_topk.py",),
     "megatron_distil/trainer/head/kernels.py": ("tests/pure/test_kernels.py", *_HEADS[:1]),
 }
@@ -193,9 +193,9 @@ class _Finder(ast.NodeVisitor):
     def _negate(self, value: ast.expr) -> None:
         """Puts a minus before a number that is computed here."""
         is_number = isinstance(value, ast.BinOp) and not isinstance(value.op, ast.BitAnd | ast.BitOr)
-        is_method = isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute)
-        is_method = is_method and not any(word in value.func.attr for word in ("zeros", "empty"))
-        if is_number or is_method:
+        if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute):
+            is_number = not any(word in value.func.attr for word in ("zeros", "empty"))
+        if is_number:
             self._replace(value, f"-({self._text(value)})", "sign")
 
     def visit_UnaryOp(self, node: ast.UnaryOp) -> None:
@@ -256,11 +256,11 @@ class _Finder(ast.NodeVisitor):
     def visit_Call(self, node: ast.Call) -> None:
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         if isinstance(node.func, ast.Attribute):
-            after = self._end(node.func.value)
+            end = self._end(node)
             if name == "detach":
-                self._edit(after, self._end(node), "", "detach")
+                self._edit(self._operator(".", self._end(node.func.value), end), end, "", "detach")
             if name in ("masked_fill", "masked_fill_"):
-                self._edit(after, self._end(node), "", "mask")
+                self._edit(self._operator(".", self._end(node.func.value), end), end, "", "mask")
             if name == "sum":
                 self._rename(node.func, "mean", "reduction")
         if name == "where" and len(node.args) == 3:
@@ -389,7 +389,9 @@ def _run_tests(suite: Suite, watch: _Watch) -> int:
     import pytest
 
     unmarked = "ignore::pytest.PytestAssertRewriteWarning"  # Hypothesis was imported before pytest could rewrite it
-    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-W", unmarked, *suite.paths], plugins=[watch]))
+    return int(
+        pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-W", unmarked, *suite.paths], plugins=[watch])
+    )
 
 
 def _end_session(leader: int) -> None:
