@@ -9,7 +9,8 @@ from torch import Tensor
 
 from megatron_distil import algo
 from megatron_distil.trainer.cp import contiguous_order, row_shards, zigzag_buffer_order, zigzag_order
-from megatron_distil.trainer.head.stages import CreditPlan, CreditScan
+from megatron_distil.trainer.head.scan import CreditScan
+from megatron_distil.trainer.head.stages import CreditPlan
 
 CALLS = (
     {"mean": False, "discount": 1.0},

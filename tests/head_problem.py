@@ -15,7 +15,8 @@ from megatron_distil.algo.vocabulary import Columns
 from megatron_distil.trainer.cp import contiguous_order, zigzag_buffer_order, zigzag_order
 from megatron_distil.trainer.head.columns import HeadInputs, VocabShard, columns
 from megatron_distil.trainer.head.onepass import onepass_loss
-from megatron_distil.trainer.head.stages import CreditScan, credit_plan
+from megatron_distil.trainer.head.scan import CreditScan
+from megatron_distil.trainer.head.stages import credit_plan
 from megatron_distil.trainer.head.topk_ce import topk_logprobs
 
 HIDDEN, TEMPERATURE = 12, 0.8

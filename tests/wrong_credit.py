@@ -43,7 +43,7 @@ def misdirected() -> None:
 
 
 def _replace_credit(wrong: Callable[[Tensor], Tensor]) -> None:
-    from megatron_distil.trainer.head.stages import CreditScan
+    from megatron_distil.trainer.head.scan import CreditScan
 
     right = CreditScan.credit
 

@@ -17,7 +17,8 @@ from megatron_distil.trainer.head.chunk import Layer
 from megatron_distil.trainer.head.columns import HeadInputs, columns
 from megatron_distil.trainer.head.onepass import Program, onepass_loss
 from megatron_distil.trainer.head.passes import chunk_rows
-from megatron_distil.trainer.head.stages import CreditPlan, CreditScan, credit_plan
+from megatron_distil.trainer.head.scan import CreditScan
+from megatron_distil.trainer.head.stages import CreditPlan, credit_plan
 from megatron_distil.trainer.head.topk_ce import topk_logprobs
 from megatron_distil.trainer.model import Student
 from megatron_distil.trainer.schedule import Placed, vocab_shard

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_distil.trainer.head.stages import credit_plan, future_credit
+from megatron_distil.trainer.head.scan import future_credit
+from megatron_distil.trainer.head.stages import credit_plan
 from tests.credit_cases import CALLS, LAYOUTS, MASKS, PACKINGS, make_case, own_rows, scanned, whole_credit
 from tests.world import run_ranks
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from megatron_distil import algo
 from megatron_distil.trainer.cp import contiguous_order, zigzag_order
-from megatron_distil.trainer.head import stages
-from megatron_distil.trainer.head.stages import CreditScan, credit_plan, future_credit
+from megatron_distil.trainer.head import scan
+from megatron_distil.trainer.head.scan import CreditScan, future_credit
+from megatron_distil.trainer.head.stages import credit_plan
 from tests.credit_cases import CALLS, LAYOUTS, MASKS, PACKINGS, Case, make_case, own_rows, scanned, whole_credit
 from tests.ranks_in_threads import collectives, run_threads
 
@@ -27,7 +28,7 @@ SUM = {"mean": False, "discount": 1.0}
 
 @pytest.fixture(autouse=True)
 def _threads_for_ranks(monkeypatch):
-    monkeypatch.setattr(stages, "dist", collectives)
+    monkeypatch.setattr(scan, "dist", collectives)
 
 
 def plans_of(case: Case, stage_rows=None):
@@ -110,7 +111,7 @@ def any_case(draw):
 @given(case=any_case(), stage_rows=st.sampled_from([None, 1, 7, 32]))
 def test_credit_is_that_of_whole_sequences_in_any_order(case, stage_rows):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "dist", collectives)
+        patch.setattr(scan, "dist", collectives)
         assert_stages_are_closed(case, plans_of(case, stage_rows))
         torch.testing.assert_close(credit_of(case, stage_rows), whole_credit(case), rtol=1e-12, atol=1e-12)
 

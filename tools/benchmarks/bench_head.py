@@ -101,7 +101,8 @@ def run_fused(p: Problem, shape: Shape, *, variant: str) -> float:
     from megatron_distil.trainer.head import passes
     from megatron_distil.trainer.head.columns import HeadInputs, VocabShard
     from megatron_distil.trainer.head.onepass import onepass_loss
-    from megatron_distil.trainer.head.stages import credit_plan, future_credit
+    from megatron_distil.trainer.head.scan import future_credit
+    from megatron_distil.trainer.head.stages import credit_plan
     from megatron_distil.trainer.head.topk_ce import topk_logprobs
 
     shard = VocabShard.of(None, vocab_size=shape.vocab, rows=shape.vocab)

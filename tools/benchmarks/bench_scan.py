@@ -33,7 +33,8 @@ import torch
 from torch import Tensor
 
 from megatron_distil import algo
-from megatron_distil.trainer.head.stages import credit_plan, future_credit
+from megatron_distil.trainer.head.scan import future_credit
+from megatron_distil.trainer.head.stages import credit_plan
 
 TOKENS = (2**16, 2**18, 2**20)
 TOKENS_OF_A_SEQUENCE = 256

@@ -39,7 +39,8 @@ from megatron_distil.algo.vocabulary import Columns
 from megatron_distil.trainer.head import kernels
 from megatron_distil.trainer.head.columns import HeadInputs, VocabShard, columns
 from megatron_distil.trainer.head.onepass import onepass_loss
-from megatron_distil.trainer.head.stages import CreditPlan, credit_plan, future_credit
+from megatron_distil.trainer.head.scan import future_credit
+from megatron_distil.trainer.head.stages import CreditPlan, credit_plan
 from megatron_distil.trainer.head.topk_ce import topk_logprobs
 
 BASELINE = "eager float32"

@@ -21,7 +21,8 @@ from megatron_distil.algo.vocabulary import Columns
 from megatron_distil.trainer.head.chunk import Layer
 from megatron_distil.trainer.head.columns import HeadInputs
 from megatron_distil.trainer.head.passes import Passes, WeightGradient, chunk_rows, make_buffers
-from megatron_distil.trainer.head.stages import CreditPlan, CreditScan
+from megatron_distil.trainer.head.scan import CreditScan
+from megatron_distil.trainer.head.stages import CreditPlan
 
 
 class Program(Protocol):
