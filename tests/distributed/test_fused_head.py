@@ -37,7 +37,7 @@ OBJECTIVES = [
     {"name": "sft"},
 ]
 WITHOUT_SUPPORT = ("grpo", "opd", "sft")
-MASKS = ["all", "random", "a sequence", "one token"]
+MASKS = ["all", "random", "a sequence", "one token", "nothing"]
 HEADS = ["plain", "composable", "onepass"]
 
 
