@@ -169,6 +169,20 @@ def test_a_row_without_support_costs_nothing_and_pulls_nowhere(kind, tail):
     assert leaf.grad.abs().max() < 1e-14
 
 
+@pytest.mark.parametrize("tail", ["bucket", "renorm"])
+@pytest.mark.parametrize("loss", [*DIVERGENCES.values(), algo.topk_cross_entropy], ids=[*DIVERGENCES, "ce"])
+def test_slots_that_the_teacher_does_not_use_weigh_nothing_whatever_they_hold(loss, tail):
+    logits, probs, sampled = draw()
+    _, student, teacher = taken(logits, probs, ids_of("teacher", logits, probs), sampled)
+    unused = teacher == -torch.inf
+    support = student.support.detach().masked_fill(unused, -7.0).requires_grad_()
+    value = loss(teacher, student._replace(support=support), tail=tail)
+    torch.testing.assert_close(value, loss(teacher, student, tail=tail), rtol=0, atol=0)
+    (pull,) = torch.autograd.grad(value.sum(), support)
+    assert unused.any()
+    assert (pull[unused] == 0).all()
+
+
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_a_support_of_the_whole_vocabulary_has_no_bucket(kind):
     logits, probs, sampled = draw()

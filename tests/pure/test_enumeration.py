@@ -311,8 +311,8 @@ def test_a_baseline_of_the_position_halves_the_variance():
 
 def test_leave_one_out_means_equal_loops():
     draw = torch.Generator().manual_seed(0)
-    groups = [3, 1, 3, 3, 1, 9]
-    credits = [torch.randn(n, generator=draw, dtype=torch.float64) for n in (4, 2, 7, 0, 5, 3)]
+    groups = [3, 1, 3, 3, 1, 9, 3]
+    credits = [torch.randn(n, generator=draw, dtype=torch.float64) for n in (4, 2, 7, 0, 5, 3, 6)]
     by_position = algo.leave_one_out_position(credits, groups)
     by_batch = algo.leave_one_out_batch(credits)
     for i, credit in enumerate(credits):
@@ -326,6 +326,12 @@ def test_leave_one_out_means_equal_loops():
     assert algo.leave_one_out_batch([]) == algo.leave_one_out_position([], []) == []
     with pytest.raises(ValueError, match="2 credits, but 1 group ids"):
         algo.leave_one_out_position([torch.ones(2), torch.ones(1)], [0])
+
+
+def test_leave_one_out_means_are_constants():
+    credits = [torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)]
+    for found in (algo.leave_one_out_position(credits, [0, 0]), algo.leave_one_out_batch(credits)):
+        assert [part.requires_grad for part in found] == [False, False]
 
 
 # ---- the teacher is the student

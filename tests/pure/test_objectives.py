@@ -235,6 +235,9 @@ def test_advantages_compare_with_the_group_only():
     scaled = algo.group_advantages(rewards, groups, normalise_std=True)
     std = torch.tensor([1.0, 0.0, 0.0, 1.0]).std().item()
     assert scaled.tolist() == pytest.approx([0.5 / std, -0.5 / std, -0.5 / std, 0.0, 0.5 / std], rel=1e-5)
+    narrow = algo.group_advantages(rewards[:2].double() * 1e-6, groups[:2], normalise_std=True)
+    std = 1e-6 * math.sqrt(0.5)
+    assert narrow.tolist() == pytest.approx([5e-7 / (std + 1e-6), -5e-7 / (std + 1e-6)])
 
 
 @pytest.mark.parametrize(
