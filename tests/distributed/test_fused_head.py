@@ -1,8 +1,10 @@
 """Every head equals autograd on full logits, on any layout: loss, columns and both gradients."""
 
 import itertools
+import json
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +39,7 @@ OBJECTIVES = [
     {"name": "sft"},
 ]
 WITHOUT_SUPPORT = ("grpo", "opd", "sft")
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "head_matrix.json"
 MASKS = ["all", "random", "a sequence", "one token", "nothing"]
 HEADS = ["plain", "composable", "onepass"]
 
@@ -63,9 +66,10 @@ def _groups(rank: int, tp: int, cp: int):
     return mine
 
 
-def _matrix(rank, *, tp, cp, layouts, count):
+def _matrix(rank, *, tp, cp, layouts, count, record=None):
     passes.BUFFER_BYTES = 64 * 8 * 11  # chunks of eleven rows and less
     tp_group, cp_group = _groups(rank, tp, cp)
+    worst = {}
     for head, layout, packing, mask, objective, dtype, stage_rows, keep_bytes in axes(tp * cp, layouts, count):
         k = 0 if objective["name"] in WITHOUT_SUPPORT else 7
         p = problem(packing, mask, dtype=dtype, k=k)
@@ -85,10 +89,15 @@ def _matrix(rank, *, tp, cp, layouts, count):
                 10 if objective["name"] in ("sdpo", "opsd") else 1
             )
         try:
-            compare(got, reference(p, _objective(objective)), value=value, gradient=gradient, rank=tp_group.rank())
+            want = reference(p, _objective(objective))
+            found = compare(got, want, value=value, gradient=gradient, rank=tp_group.rank())
         except AssertionError as failed:
             failed.add_note(f"{head} {layout} {packing} {mask} {objective} {dtype} {stage_rows} {keep_bytes}")
             raise
+        known = worst.setdefault(f"{head} {str(dtype)[6:]}", dict.fromkeys(found, 0.0) | {"cases": 0})
+        known |= {name: max(known[name], gap) for name, gap in found.items()} | {"cases": known["cases"] + 1}
+    if record is not None and rank == 0:
+        record.write_text(json.dumps(worst))
 
 
 def _objective(table):
@@ -115,10 +124,16 @@ def test_every_head_equals_full_logits(tp, cp, layouts):
 
 @pytest.mark.full
 @pytest.mark.parametrize(("tp", "cp"), [(1, 1), (2, 1), (1, 2), (4, 1), (1, 4), (2, 2), (4, 2), (2, 4), (4, 4)])
-def test_the_whole_matrix(tp, cp):
+def test_the_whole_matrix(tp, cp, tmp_path):
+    """Leaves the largest errors in ``tests/results/head_matrix.json``."""
     count = None if tp * cp <= 4 else 300
     layouts = ["zigzag", "contiguous", "zigzag_buffer"] if cp > 1 else ["zigzag"]
-    run_ranks(_matrix, tp * cp, tp=tp, cp=cp, layouts=layouts, count=count, timeout_s=3600)
+    record = tmp_path / "worst.json"
+    run_ranks(_matrix, tp * cp, tp=tp, cp=cp, layouts=layouts, count=count, record=record, timeout_s=3600)
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    known[f"tp {tp}, cp {cp}"] = json.loads(record.read_text())
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
 
 
 class Products(TorchDispatchMode):
