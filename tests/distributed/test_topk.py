@@ -56,7 +56,7 @@ def _sorted_case(rank: int, *, vocab: int) -> None:
         logits = rows @ weight[:vocab].t()
         sampled = torch.arange(ROWS) * 37 % vocab
         voices = [Voice(rows, weight[mine], 1.0)]
-        for k, tile in itertools.product((1, 20, 100, vocab), ((24, 64, 4), (48, 256, 8), (256, 4096, 32))):
+        for k, tile in itertools.product((1, 20, 100, vocab), ((24, 64, 4), (48, 256, 8), (512, 2048, 32))):
             small_tiles(*tile)
             want = sorted_ids(logits, k)
             check(top_k(voices, k, sampled, shard, temperature=1.0), logits, want, sampled)
