@@ -195,6 +195,27 @@ def test_clipped_policy_terms_equal_the_golden_vector():
     whole = algo.clipped_policy_terms(log_pi, old, advantages, torch.ones(3), **bounds)
     assert whole.credit.item() == pytest.approx(-1.28 + 0.993652 + 3.0, abs=1e-6)
     assert whole.counts["train/ratio_clipped_frac"] == 2
+    assert whole.counts["loss/policy_gain"].item() == pytest.approx(1.28 - 0.993652 - 3.0, abs=1e-6)
+    part = algo.clipped_policy_terms(log_pi, old, advantages, torch.tensor([0.5, 0.0, 0.5]), **bounds)
+    assert part.counts["loss/policy_gain"].item() == pytest.approx(1.28 - 3.0, abs=1e-6)
+
+
+def test_a_ratio_at_its_bound_still_counts():
+    log_pi = torch.tensor([-1.0], requires_grad=True)
+    bounds = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 1.0}
+    terms = algo.clipped_policy_terms(log_pi, log_pi.detach(), torch.tensor([-2.0]), torch.ones(1), **bounds)
+    terms.credit.backward()
+    assert log_pi.grad.item() == 2.0
+    assert terms.counts["train/ratio_clipped_frac"] == 0
+
+
+@pytest.mark.parametrize("form", ["score", "reweight"])
+def test_weights_and_cost_are_constants(form):
+    ce, log_pi, cost, weights = (torch.rand(3, requires_grad=True) for _ in range(4))
+    terms = algo.distil_terms(ce, log_pi, cost, weights, form=form)
+    (terms.imitation + terms.credit).backward()
+    assert cost.grad is None
+    assert weights.grad is None
 
 
 def test_a_padded_position_of_zeros_costs_nothing():

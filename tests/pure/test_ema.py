@@ -24,6 +24,7 @@ def test_narrow_values_are_followed_in_float32_and_left_alone():
         algo.ema_step([average], [value], rate=0.01)
     want = 1 - 0.004 * 0.99**10
     assert average.tolist() == pytest.approx([want] * 1000, abs=1e-6)
+    assert not average.requires_grad
     assert value.detach().eq(1.0).all()
     assert value.dtype == torch.bfloat16
 

@@ -173,6 +173,19 @@ def test_the_baseline_is_taken_off_before_factor_and_clip():
     assert terms.maxima["loss/credit_max_nats"] < -20.0  # a token outside the loss is no maximum
 
 
+def test_a_token_above_its_clip_teaches_nothing_and_is_counted():
+    logits, tokens = case()
+    ce = algo.topk_cross_entropy(tokens.teacher_logprobs, tokens.student, tail="bucket")
+    clip = ce[in_loss()].median().item()
+    (tokens.weights * ce * (ce <= clip)).sum().backward()
+    got, terms = gradient({"name": "ce", "token_clip": clip})
+    torch.testing.assert_close(got, logits.grad, rtol=1e-10, atol=1e-15)
+    above = (ce > clip) & in_loss()
+    assert 0 < above.sum() < (ce > clip).sum()
+    assert terms.counts["train/token_clipped_frac"] == above.sum()
+    assert "train/token_clipped_frac" not in gradient({"name": "ce"})[1].counts
+
+
 def test_only_a_credit_can_have_a_baseline():
     def needs(**settings):
         return objective_from_table({"name": "distil"} | settings).needs_baseline
