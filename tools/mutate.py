@@ -2,11 +2,12 @@
 
     tools/run python tools/mutate.py --files 'megatron_distil/algo/*' --out tools/benchmarks/results/mutants.json
     tools/run python tools/mutate.py --files '*/head/chunk.py' --sample 10 --seed 1
-    tools/run python tools/mutate.py --resume mutants.json --out mutants.json
+    tools/run python tools/mutate.py --files '*/ratios.py' --resume mutants.json --out mutants.json
 
 A campaign of hours, not a test. Every mutant lives in a copy of the sources; a failure, a crash and a hang all count as killed.
 One process imports torch and Megatron and forks a child for each mutant. Prints a table and the changed line of each survivor;
-``--out`` gets everything, as it comes. ``--resume`` runs no mutant again that was killed, or survived the tests as they are now.
+``--out`` gets everything, as it comes. ``--resume`` takes over what is known of any file: no mutant runs again that was killed, or
+that survived the tests as they are now; a survivor meets tests that have changed.
 """
 
 from __future__ import annotations
@@ -512,11 +513,10 @@ class Record(NamedTuple):
         return json.dumps({**entry, "nth": self.key[3], **verdict._asdict(), "tests": self.tests})
 
 
-def known_of(path: Path | None) -> dict[Key, dict[str, Any]]:
-    """The entries of a result file."""
-    if path is None or not path.exists():
-        return {}
-    return {(e["file"], e["old"], e["new"], e["nth"]): e for e in json.loads(path.read_text())["mutants"]}
+def known_of(*paths: Path) -> dict[Key, dict[str, Any]]:
+    """The entries of result files; of a mutant in several, that of the last one."""
+    entries = [entry for path in paths for entry in json.loads(path.read_text())["mutants"]]
+    return {(e["file"], e["old"], e["new"], e["nth"]): e for e in entries}
 
 
 def table(records: list[Record]) -> list[dict[str, Any]]:
@@ -594,6 +594,12 @@ def chosen(folder: Path, files: list[str], sample: int | None, seed: int) -> dic
     return found
 
 
+def still_there(folder: Path, known: dict[Key, dict[str, Any]]) -> dict[Key, Mutant]:
+    """The known mutants that the sources still have."""
+    files = sorted({file for file, *_ in known if (folder / file).exists()})
+    return {key: mutant for key, mutant in chosen(folder, files, None, 0).items() if key in known}
+
+
 class Campaign:
     """The mutants of one call, and what is known of them."""
 
@@ -655,7 +661,7 @@ def main() -> None:
     parser.add_argument("--sample", metavar="N", type=int, help="so many mutants of each file")
     parser.add_argument("--seed", metavar="S", type=int, default=0, help="of the sample")
     parser.add_argument("--jobs", metavar="N", type=int, default=1, help="mutants at a time")
-    parser.add_argument("--resume", metavar="FILE", type=Path, help="a result file whose verdicts are taken over")
+    parser.add_argument("--resume", metavar="FILE", type=Path, nargs="+", default=[], help="results to take over")
     parser.add_argument("--out", metavar="FILE", type=Path, help="result file")
     parser.add_argument("--list", action="store_true", help="show the mutants and run nothing")
     wanted = parser.parse_args()
@@ -667,8 +673,10 @@ def main() -> None:
     preload()
     with tempfile.TemporaryDirectory() as scratch:
         folders = copies(Path(scratch), wanted.jobs)
-        campaign = Campaign(known_of(wanted.resume), wanted.out)
-        campaign.run(folders, chosen(folders[0], files, wanted.sample, wanted.seed))
+        known = known_of(*wanted.resume)
+        campaign = Campaign(known, wanted.out)
+        selected = chosen(folders[0], files, wanted.sample, wanted.seed)
+        campaign.run(folders, still_there(folders[0], known) | selected)
     report(campaign.records)
 
 

@@ -145,8 +145,9 @@ mutate.TESTS = {"toy.py": ("test_toy.py",)}
 mutate.PATIENCE, mutate.LEAST_DEADLINE_S = 0, 4.0
 mutate.EQUIVALENT = {("toy.py", "while index > 0:", "while index >= 0:"): "not run"}
 folder, out = Path(sys.argv[1]), Path(sys.argv[2])
-campaign = mutate.Campaign(mutate.known_of(out), out)
-campaign.run([folder], mutate.chosen(folder, ["toy.py"], None, 0))
+known = mutate.known_of(out) if out.exists() else {}
+campaign = mutate.Campaign(known, out)
+campaign.run([folder], mutate.still_there(folder, known) or mutate.chosen(folder, ["toy.py"], None, 0))
 mutate.report(campaign.records)
 """
 
