@@ -168,7 +168,7 @@ def _block_stats_torch(logits: Tensor, size: int, block: int) -> BlockStats:
     num_rows, whole = len(logits), size - size % block
     maxima = logits.new_empty(num_rows, -(-size // block))
     peak, total, moment = (logits.new_empty(num_rows) for _ in range(3))
-    for part in _cached(logits, CACHE_BYTES // 4):  # small enough that its copies cost no fresh pages
+    for part in _cached(logits, CACHE_BYTES // 8):  # small enough that its copies cost no fresh pages
         row = logits[part, :size]
         maxima[part, : whole // block] = row[:, :whole].unflatten(1, (-1, block)).amax(-1)
         if whole < size:
