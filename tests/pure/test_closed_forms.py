@@ -240,5 +240,6 @@ def test_token_weights_reduce_as_their_name_says(reduction):
     denominator = mask.sum() if reduction == "token-mean" else len(LENGTHS)
     weights = algo.token_weights(torch.from_numpy(mask), segments, reduction=reduction, denominator=denominator)
     assert (weights.numpy() * values).sum() == pytest.approx(want[reduction], rel=1e-12)
-    with pytest.raises(ValueError, match=r"denominator = 0: give the number of (tokens of the loss|sequences)"):
+    counted = "tokens of the loss" if reduction == "token-mean" else "sequences"
+    with pytest.raises(ValueError, match=f"denominator = 0: give the number of {counted}"):
         algo.token_weights(torch.from_numpy(mask), segments, reduction=reduction, denominator=0)

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from megatron_distil import algo
 from megatron_distil.algo.objectives import objective_class, objective_from_table, objective_names
+from megatron_distil.algo.objectives.objective import largest
 from megatron_distil.metrics.names import SENTENCE_BY_NAME
 from tests.tokens import tokens_of
 
@@ -71,8 +72,10 @@ def test_sft_is_the_cross_entropy_of_torch():
     torch.randn(T, VOCAB, generator=draw, dtype=torch.float64)
     labels = torch.randint(0, VOCAB, (T,), generator=draw)
     (torch.nn.functional.cross_entropy(logits, labels, reduction="none") * tokens.weights).sum().backward()
-    got, _ = gradient({"name": "sft"})
+    got, terms = gradient({"name": "sft"})
     torch.testing.assert_close(got, logits.grad, rtol=1e-10, atol=1e-12)
+    nats = torch.nn.functional.cross_entropy(logits[in_loss()], labels[in_loss()], reduction="sum")
+    assert terms.counts["loss/ce_nats"].item() == pytest.approx(nats.item(), rel=1e-10)
 
 
 def test_grpo_on_policy_is_the_plain_policy_gradient():
@@ -147,6 +150,13 @@ def test_opsd_without_a_clip_is_renormalised_ce():
     assert terms.counts["loss/divergence_nats"] < terms.counts["loss/kl_nats"]
 
 
+def test_sdpo_at_the_sampled_token_counts_the_divergence_in_the_loss():
+    teacher = torch.linspace(-4, -1, T, dtype=torch.float64)
+    _, terms = gradient({"name": "sdpo", "divergence": "rkl_sampled"}, teacher_sampled=teacher)
+    gap = case()[1].student.sampled.detach() - teacher
+    assert terms.counts["loss/reverse_kl_nats"].item() == pytest.approx(gap[in_loss()].sum().item())
+
+
 def test_opd_on_policy_is_grpo_with_the_expert_as_reward():
     teacher = torch.linspace(-4, -1, T, dtype=torch.float64)
     got, terms = gradient({"name": "opd", "coef": 1.5}, teacher_sampled=teacher)
@@ -197,6 +207,16 @@ def test_only_a_credit_can_have_a_baseline():
         objective_from_table({"name": name}).needs_baseline for name in objective_names() if name != "distil"
     )
     assert gradient({"name": "distil", "future": "none"})[1].maxima == {}
+
+
+def test_the_largest_is_among_the_tokens_of_the_loss():
+    _, tokens = case()
+    values = torch.arange(T, dtype=torch.float64).requires_grad_()
+    weights = torch.arange(T) < 3
+    found = largest(values, tokens._replace(weights=weights.double()))
+    assert found == 2.0
+    assert not found.requires_grad
+    assert largest(values, tokens._replace(weights=torch.zeros(T))) == -math.inf
 
 
 def test_the_credit_before_a_baseline_is_the_one_in_the_terms():
