@@ -73,12 +73,14 @@ def test_the_largest_are_those_of_sorted_logits(tp: int, vocab: int) -> None:
 def _order_case(rank: int) -> None:
     small_tiles(8, 64, 4)
     shard, mine = own_shard(1000)
-    rows, ids = torch.ones(ROWS, 1), torch.arange(PADDED)
+    rows, ids = torch.ones(ROWS, 1), torch.arange(PADDED, dtype=torch.float64)
     sampled = torch.arange(ROWS)
-    for weight in (ids, -ids, ids * 0, -(ids % 7), (ids - 500).abs()):
-        whole = (weight[:, None] / 64).float()
-        logits = rows @ whole[:1000].t()
-        found = top_k([Voice(rows, whole[mine], 1.0)], 30, sampled, shard, temperature=1.0)
+    orders = [(weight / 64).float() for weight in (ids, -ids, ids * 0, -(ids % 7), (ids - 500).abs())]
+    orders += [1.0 + ids * 37 % 501 * 1e-12]  # float64 that float32 cannot tell apart
+    for weight in orders:
+        whole, ones = weight[:, None], rows.to(weight.dtype)
+        logits = ones @ whole[:1000].t()
+        found = top_k([Voice(ones, whole[mine], 1.0)], 30, sampled, shard, temperature=1.0)
         check(found, logits, sorted_ids(logits, 30), sampled)
 
 
