@@ -246,6 +246,12 @@ def test_the_credit_restarts_at_the_boundary_of_packed_sequences():
     assert one.tolist() == pytest.approx([9.3, 9.1, 9.0, 4.0, 0.0])
 
 
+def test_columns_hold_0_in_unused_slots():
+    ids = torch.tensor([[2, -1], [-1, -1], [-1, 0], [1, 3]])
+    want = torch.where(ids >= 0, Z.log_softmax(-1).gather(-1, ids % 4), 0.0)
+    torch.testing.assert_close(algo.columns(Z, ids, SAMPLED).support, want, rtol=1e-12, atol=0)
+
+
 def test_a_tiny_tail_keeps_its_digits_in_float32():
     logits = torch.tensor([[30.0, 0.0, -1.0]], requires_grad=True)
     tail = algo.columns(logits, torch.tensor([[0]]), torch.tensor([0])).tail
@@ -273,6 +279,15 @@ def test_top_k_gives_ties_to_the_smaller_id():
     )
 
 
+@pytest.mark.parametrize("k", [1, 4])
+def test_what_a_teacher_says_is_constant(k):
+    top = algo.top_k(TEACHER.clone().requires_grad_(), k)
+    assert top.ids.shape == top.logprobs.shape == (4, k)
+    assert not top.logprobs.requires_grad
+    assert not top.entropy.requires_grad
+    assert not algo.support_entropy(top.logprobs.requires_grad_(), tail="bucket").requires_grad
+
+
 @pytest.mark.parametrize("k", [0, 4])
 def test_top_k_says_how_many_ids_there_are(k):
     with pytest.raises(ValueError, match=f"k = {k} of 3 ids; give 1 to 3"):
@@ -291,8 +306,9 @@ def test_the_support_entropy_is_the_cross_entropy_of_a_student_equal_to_the_teac
 def test_a_row_without_support_costs_nothing_and_pulls_nowhere(tail):
     z = Z.clone().requires_grad_()
     student = algo.columns(z, torch.full((4, 2), -1), SAMPLED)
-    ce = algo.topk_cross_entropy(torch.full((4, 2), -torch.inf, dtype=torch.float64), student, tail=tail)
-    ce.sum().backward()
+    with torch.autograd.set_detect_anomaly(True):  # no NaN on the way either
+        ce = algo.topk_cross_entropy(torch.full((4, 2), -torch.inf, dtype=torch.float64), student, tail=tail)
+        ce.sum().backward()
     assert ce.abs().max() < 1e-15
     assert z.grad.abs().max() < 1e-15
 

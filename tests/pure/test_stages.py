@@ -148,6 +148,15 @@ def test_many_sequences_make_stages_of_the_asked_size_that_keep_every_rank_busy(
     assert rows.shape[1] <= -(-int(rows.sum(1).amax()) // 128)
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_sequence_in_halves_is_cut_once_and_evenly_and_never_where_no_rank_comes_again(size):
+    case = of_lengths([96], zigzag_order(torch.tensor([0, 96]), size))
+    plans = plans_of(case, 4)
+    assert [[len(part.rows) for part in plan.stages] for plan in plans] == [[48 // size] * 2] * size
+    case.is_row[: 52 - 48 // size] = False  # what is left of the first half lies on one rank, which comes next as well
+    assert [len(plan.stages) for plan in plans_of(case, 4)] == [1] * size
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "row shards, zigzag"])
 @pytest.mark.parametrize("stage_rows", [None, 16])
 def test_a_call_gathers_once_and_as_many_numbers_as_the_busiest_rank_has_pieces(layout, stage_rows):
