@@ -60,7 +60,85 @@ TESTS = {
 }
 """The tests that own a file."""
 
-EQUIVALENT: dict[tuple[str, str, str], str] = {}
+EQUIVALENT: dict[tuple[str, str, str], str] = {
+    (
+        "megatron_distil/algo/divergence.py",
+        "probs=torch.cat([teacher.exp(), rest.masked_fill(~is_outside, 0.0)], dim=-1),",
+        "probs=torch.cat([teacher.exp(), rest], dim=-1),",
+    ): "where nothing is outside both logarithms are 0, and so is their difference, whatever it is weighed with",
+    (
+        "megatron_distil/algo/divergence.py",
+        "probs=torch.cat([teacher.exp(), rest.masked_fill(~is_outside, 0.0)], dim=-1),",
+        "probs=torch.cat([teacher.exp(), rest.masked_fill(~is_outside, 1.0)], dim=-1),",
+    ): "likewise",
+    (
+        "megatron_distil/algo/divergence.py",
+        "return (kept - kept.logsumexp(dim=-1, keepdim=True)).masked_fill(~used, 0.0)",
+        "return (kept - kept.logsumexp(dim=-1, keepdim=True)).masked_fill(~used, 1.0)",
+    ): "both sides get it, and only their difference counts",
+    (
+        "megatron_distil/algo/loss.py",
+        "is_bounded = (advantages < 0) & (bound < loss)",
+        "is_bounded = (advantages <= 0) & (bound < loss)",
+    ): "with an advantage of 0 bound and loss are 0",
+    (
+        "megatron_distil/algo/objectives/distil.py",
+        'counts["train/token_clipped_frac"] = ((costs.full_ce.detach() > self.token_clip) & is_in_loss).sum()',
+        'counts["train/token_clipped_frac"] = ((costs.full_ce > self.token_clip) & is_in_loss).sum()',
+    ): "a comparison has no gradient",
+    (
+        "megatron_distil/algo/objectives/opsd.py",
+        "imitation = (weights.detach() * value).sum()",
+        "imitation = (weights * value).sum()",
+    ): "weights of tokens and importance weights carry no gradient",
+    (
+        "megatron_distil/algo/scan.py",
+        "while reach < length:",
+        "while reach <= length:",
+    ): "a round that reaches over everything adds nothing",
+    (
+        "megatron_distil/algo/topk.py",
+        "ids = logits.detach().sort(dim=-1, descending=True, stable=True).indices[:, :k]",
+        "ids = logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]",
+    ): "indices have no gradient",
+    **{
+        (
+            "megatron_distil/algo/topk.py",
+            "return inside - torch.where(is_outside, rest * student.tail.masked_fill(~is_outside, 0.0), 0.0)",
+            changed,
+        ): "either of the two guards is enough"
+        for changed in (
+            "return inside - (rest * student.tail.masked_fill(~is_outside, 0.0))",
+            "return inside - torch.where(is_outside, rest * student.tail, 0.0)",
+            "return inside - torch.where(is_outside, rest * student.tail.masked_fill(~is_outside, 1.0), 0.0)",
+        )
+    },
+    (
+        "megatron_distil/algo/topk.py",
+        "kept = student.support.masked_fill(~used, -torch.inf).masked_fill(empty[:, None], 0.0)",
+        "kept = student.support.masked_fill(~used, -torch.inf).masked_fill(empty[:, None], 1.0)",
+    ): "any number does: the row is replaced",
+    (
+        "megatron_distil/algo/topk.py",
+        "support=torch.where(used, teacher_logprobs, 0.0),",
+        "support=torch.where(used, teacher_logprobs, 1.0),",
+    ): "any number does: the teacher gives it no weight",
+    (
+        "megatron_distil/trainer/head/stages.py",
+        "excess[head] = np.where(has_earlier & (longest > 0), np.maximum(size[head] - longest, 0), 0)",
+        "excess[head] = np.where(has_earlier , np.maximum(size[head] - longest, 0), 0)",
+    ): "an item with an earlier one has a second run: neighbours lie on different ranks",
+    (
+        "megatron_distil/trainer/head/stages.py",
+        "stride = total | 1",
+        "stride = total",
+    ): "only faster",
+    (
+        "megatron_distil/trainer/head/stages.py",
+        "bound = int(values.max(initial=0)) + 1",
+        "bound = int(values.max(initial=0)) + 0",
+    ): "the largest value of a group is then the zero of the next one, and no more than that",
+}
 """(file, line, changed line) of mutants that compute the same, and why no test can tell."""
 
 
@@ -369,6 +447,7 @@ def start(folder: Path, suite: Suite, kills: Counter[str]) -> Child:
         return Child(pid, folder, now, now + suite.deadline_s)
     code = 99
     try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.setsid()  # ranks are process groups of their own: only the session holds all of them
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
         output = os.open(folder.with_suffix(".output"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -670,6 +749,7 @@ def main() -> None:
         for mutant in chosen(ROOT, files, wanted.sample, wanted.seed).values():
             print(f"{mutant.file}:{mutant.line} ({mutant.kind})\n  - {mutant.old}\n  + {mutant.new}")
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the children end, and the copies go
     preload()
     with tempfile.TemporaryDirectory() as scratch:
         folders = copies(Path(scratch), wanted.jobs)
