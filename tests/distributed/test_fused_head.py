@@ -230,6 +230,15 @@ def test_another_scale_in_the_backward_is_counted():
     assert error(weight.grad, want.weight_grad * 2) < 1e-12, "without main_grad any factor is right"
 
 
+def test_a_backward_that_is_no_number_is_not_one_of_another_scale():
+    p, rows, shard = _alone()
+    hidden, weight = p.hidden.clone().requires_grad_(), p.weight.clone().requires_grad_()
+    wrong = torch.zeros(())
+    (_one_pass(p, rows, shard, weight, hidden, wrong_scale=wrong) * torch.nan).backward()
+    assert wrong == 0
+    assert hidden.grad[rows].isnan().all()
+
+
 def test_another_scale_leaves_no_number_where_the_weight_has_its_gradient_already():
     p, rows, shard = _alone()
     hidden, weight = p.hidden.clone().requires_grad_(), p.weight.clone().requires_grad_()
