@@ -69,7 +69,7 @@ def problem(shape: Shape) -> Problem:
     ids = ids.repeat((rows + 63) // 64, 1)[:rows]
     return Problem(
         hidden=torch.randn(rows, shape.hidden, generator=draw).requires_grad_(),
-        weight=(torch.randn(shape.vocab, shape.hidden, generator=draw) * 4 / shape.hidden**0.5).requires_grad_(),
+        weight=torch.randn(shape.vocab, shape.hidden, generator=draw).mul_(4 / shape.hidden**0.5).requires_grad_(),
         ids=ids,
         logprobs=torch.randn(rows, shape.k, generator=draw).log_softmax(-1) - 0.03,
         sampled=ids[:, 0].clone(),
