@@ -28,14 +28,19 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
 def page(runs: Sequence[Run]) -> str:
     """The page as text."""
     style, script = _asset("page.css"), _asset("page.js")
-    names = ", ".join(run.name for run in runs)
     return Template(_asset("page.html")).substitute(
         policy=f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'",
-        title=_escaped(names),
+        title=_escaped(_title(runs)),
         style=style,
         script=script,
         data=_embedded(page_data(runs)),
     )
+
+
+def _title(runs: Sequence[Run], shown: int = 4) -> str:
+    """The names of the runs; of many, how many there are."""
+    more = f" and {len(runs) - shown} more" if len(runs) > shown else ""
+    return ", ".join(run.name for run in runs[:shown]) + more
 
 
 def _asset(name: str) -> str:

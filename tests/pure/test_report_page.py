@@ -205,3 +205,9 @@ def test_a_supervised_run_has_a_page_too(tmp_path: Path):
         {"phase": "update", "seconds": 0.9, "share": 0.9},
         {"phase": "other", "seconds": pytest.approx(0.1), "share": pytest.approx(0.1)},
     ]
+
+
+@pytest.mark.parametrize(("count", "title"), [(1, "r0"), (4, "r0, r1, r2, r3"), (6, "r0, r1, r2, r3 and 2 more")])
+def test_the_title_names_a_few_runs_and_counts_the_others(count: int, title: str):
+    runs = [run_of(name=f"r{i}", evals=[{"step": 0, "eval/reward": 1.0}]) for i in range(count)]
+    assert f'<h1 id="title">{title}</h1>' in page(runs)
