@@ -164,6 +164,7 @@ def _products(rank, *, keep_bytes, cp, layout, stage_rows, least, most):
     ("cp", "layout", "stage_rows", "keep_bytes", "least", "most"),
     [
         (1, "zigzag", 12, 0, 3, 3),
+        (1, "zigzag", 30, 2**20, 15 / 4, 15 / 4),  # stages of three chunks and of two
         (2, "zigzag", 12, 0, 3, 3),
         (2, "contiguous", 12, 2**20, 3, 3),
         (2, "contiguous", 12, 0, 3.1, 4),
