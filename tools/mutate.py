@@ -129,6 +129,16 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "excess[head] = np.where(has_earlier , np.maximum(size[head] - longest, 0), 0)",
     ): "an item with an earlier one has a second run: neighbours lie on different ranks",
     (
+        "megatron_distil/trainer/head/onepass.py",
+        "leaves = Columns(*(column.detach().requires_grad_() for column in columns))",
+        "leaves = Columns(*(column.requires_grad_() for column in columns))",
+    ): "columns were computed without gradients",
+    (
+        "megatron_distil/trainer/head/onepass.py",
+        "return loss.detach(), Columns(*zeros)",
+        "return loss, Columns(*zeros)",
+    ): "it is added up without gradients",
+    (
         "megatron_distil/trainer/head/stages.py",
         "stride = total | 1",
         "stride = total",
@@ -273,7 +283,7 @@ class _Finder(ast.NodeVisitor):
         """Puts a minus before a number that is computed here."""
         is_number = isinstance(value, ast.BinOp) and not isinstance(value.op, ast.BitAnd | ast.BitOr)
         if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute):
-            is_number = not any(word in value.func.attr for word in ("zeros", "empty"))
+            is_number = not any(word in value.func.attr for word in ("zeros", "empty", "buffer"))
         if is_number:
             self._replace(value, f"-({self._text(value)})", "sign")
 
