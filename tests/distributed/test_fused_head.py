@@ -335,6 +335,25 @@ def test_banned_ids_weigh_nothing(head):
     assert all(error(a, b) < 1e-12 for a, b in compare_columns)
 
 
+def _whole_vocabulary(rank, *, tp, shift):
+    group, _ = _groups(rank, tp, 1)
+    p = problem(k=61)
+    p.hidden[:, 0], p.weight[:, 0] = 1.0, shift
+    want = reference(p, _objective(OBJECTIVES[1]))
+    assert (want.columns.tail == -torch.inf).any()
+    for head in HEADS:
+        got = by_head(p, OBJECTIVES[1], head, tp=group)
+        assert error(got.loss, want.loss) < 1e-9
+        assert error(got.hidden_grad, want.hidden_grad) < 1e-9
+        assert error(got.weight_grad, want.weight_grad.split(64 // tp)[rank]) < 1e-9
+
+
+@pytest.mark.parametrize("shift", [0.0, -1000.0])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_support_of_the_whole_vocabulary_leaves_nothing_outside(tp, shift):
+    run_ranks(_whole_vocabulary, tp, tp=tp, shift=shift)
+
+
 @pytest.mark.parametrize("head", ["composable", "onepass"])
 def test_a_row_that_is_no_number_reaches_the_gradient(head):
     p = problem()
