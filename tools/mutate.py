@@ -129,6 +129,21 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "excess[head] = np.where(has_earlier , np.maximum(size[head] - longest, 0), 0)",
     ): "an item with an earlier one has a second run: neighbours lie on different ranks",
     (
+        "megatron_distil/trainer/head/chunk.py",
+        "is_sampled = (chunk.support_ids == chunk.sampled_ids[:, None]) & (chunk.support_ids >= 0)",
+        "is_sampled = (chunk.support_ids == chunk.sampled_ids[:, None])",
+    ): "a sampled id is never -1",
+    (
+        "megatron_distil/trainer/head/chunk.py",
+        "beta = torch.where(beta.abs() < least, least, beta)",
+        "beta = torch.where(beta.abs() <= least, least, beta)",
+    ): "it is below the range of the gradient on either side",
+    (
+        "megatron_distil/trainer/head/topk_ce.py",
+        "buffers = make_buffers(layer, min(step, len(rows)), len(chunks), keep_bytes)",
+        "buffers = make_buffers(layer, max(step, len(rows)), len(chunks), keep_bytes)",
+    ): "only more memory",
+    (
         "megatron_distil/trainer/head/onepass.py",
         "leaves = Columns(*(column.detach().requires_grad_() for column in columns))",
         "leaves = Columns(*(column.requires_grad_() for column in columns))",
