@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_distil import algo
 from megatron_distil.trainer.head import passes
 from megatron_distil.trainer.head.columns import HeadInputs, VocabShard
 from megatron_distil.trainer.head.onepass import onepass_loss
@@ -354,6 +355,27 @@ def test_a_support_of_the_whole_vocabulary_leaves_nothing_outside(tp, shift):
     run_ranks(_whole_vocabulary, tp, tp=tp, shift=shift)
 
 
+def test_a_gradient_of_an_unused_slot_goes_nowhere():
+    p, _, shard = _alone()
+    hidden, weight = p.hidden.clone().requires_grad_(), p.weight.clone().requires_grad_()
+    up = torch.randn(p.support_ids.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = topk_logprobs(HeadInputs(hidden, weight, p.support_ids, p.sampled_ids, shard, TEMPERATURE))
+    want = algo.columns(hidden @ weight[: p.vocab].t() / TEMPERATURE, p.support_ids, p.sampled_ids)
+    got = torch.autograd.grad((found.support * up).sum(), [hidden, weight])
+    wanted = torch.autograd.grad((want.support * up).sum(), [hidden, weight])
+    assert all(error(a, b) < 1e-12 for a, b in zip(got, wanted, strict=True))
+
+
+def test_logits_far_from_0_cost_no_digits_where_the_support_is_everything():
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.cat([torch.ones(16, 1), torch.randint(-4, 5, (16, 1), generator=draw) / 4], 1)
+    weight = torch.cat([torch.full((8, 1), -1000.0), torch.randint(-8, 9, (8, 1), generator=draw) / 4], 1)
+    ids, sampled = torch.arange(8).expand(16, 8), torch.zeros(16, dtype=torch.int64)
+    found = topk_logprobs(HeadInputs(rows, weight, ids, sampled, VocabShard.of(None, vocab_size=8, rows=8)))
+    want = algo.columns(rows.double() @ weight.double().t(), ids, sampled)  # the logits have few bits: both are exact
+    torch.testing.assert_close(found.support.double(), want.support, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("head", ["composable", "onepass"])
 def test_a_row_that_is_no_number_reaches_the_gradient(head):
     p = problem()
@@ -396,8 +418,6 @@ def _bfloat16(rank, *, scale):
     teacher_logprobs = teacher.values.float()
     ce, logprob = topk_ce(HeadInputs(*ours, teacher.indices, sampled, shard), teacher_logprobs, tail="none")
     (up * (ce + logprob)).sum().backward()
-    from megatron_distil import algo
-
     columns = algo.columns(truth[0] @ truth[1].t(), teacher.indices, sampled)
     want = algo.topk_cross_entropy(teacher_logprobs.double(), columns, tail="none")
     (up * (want + columns.sampled)).sum().backward()
