@@ -128,6 +128,41 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "excess[head] = np.where(has_earlier & (longest > 0), np.maximum(size[head] - longest, 0), 0)",
         "excess[head] = np.where(has_earlier , np.maximum(size[head] - longest, 0), 0)",
     ): "an item with an earlier one has a second run: neighbours lie on different ranks",
+    **{
+        ("megatron_distil/trainer/head/chunk.py", line, line.replace(".detach()", "")): "no product has gradients"
+        for line in ("real = weight.detach()[: shard.size]", "rows = rows.detach().to(self.weight.dtype)")
+    },
+    (
+        "megatron_distil/trainer/head/chunk.py",
+        "is_live = ~(scale <= torch.finfo(layer.dtype).tiny) # a NaN is live: it has to reach the norm of the gradient",
+        "is_live = ~(scale < torch.finfo(layer.dtype).tiny) # a NaN is live: it has to reach the norm of the gradient",
+    ): "the smallest normal number may be either",
+    (
+        "megatron_distil/trainer/head/chunk.py",
+        "unit = torch.where(is_live, 1.0 / scale, 0.0) # everything relative to it: no entry leaves the range of the product",
+        "unit = torch.where(is_live, 1.0 / scale, 1.0) # everything relative to it: no entry leaves the range of the product",
+    ): "the factor of such a row is 0",
+    (
+        "megatron_distil/trainer/head/chunk.py",
+        "factor = torch.where(is_live, beta * scale, 0.0).to(layer.dtype)[:, None]",
+        "factor = (beta * scale).to(layer.dtype)[:, None]",
+    ): "the least beta times such a scale is 0",
+    (
+        "megatron_distil/trainer/head/chunk.py",
+        "beta = total * (peak - whole).exp() + torch.where(has_tail, outside * (peak - tail).exp(), 0.0)",
+        "beta = total * (peak - whole).exp() + torch.where(has_tail, outside * (peak - tail).exp(), 1.0)",
+    ): "where nothing is outside, any beta divides the entries and multiplies them",
+    **{
+        (
+            "megatron_distil/trainer/head/chunk.py",
+            "to_tail = torch.where(has_tail, outside * (log_a - stats.columns.tail.double()).exp(), 0.0)",
+            changed,
+        ): "where nothing is outside, the sampled id is in the support, and this is not read"
+        for changed in (
+            "to_tail = (outside * (log_a - stats.columns.tail.double()).exp())",
+            "to_tail = torch.where(has_tail, outside * (log_a - stats.columns.tail.double()).exp(), 1.0)",
+        )
+    },
     (
         "megatron_distil/trainer/head/chunk.py",
         "is_sampled = (chunk.support_ids == chunk.sampled_ids[:, None]) & (chunk.support_ids >= 0)",
