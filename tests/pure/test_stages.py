@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import fields, is_dataclass
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_distil import algo
 from megatron_distil.trainer.cp import contiguous_order, zigzag_order
-from megatron_distil.trainer.head import scan
+from megatron_distil.trainer.head import scan, stages
 from megatron_distil.trainer.head.scan import CreditScan, future_credit
 from megatron_distil.trainer.head.stages import credit_plan
 from tests.credit_cases import CALLS, LAYOUTS, MASKS, PACKINGS, Case, make_case, own_rows, scanned, whole_credit
@@ -149,12 +150,18 @@ def test_many_sequences_make_stages_of_the_asked_size_that_keep_every_rank_busy(
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_a_sequence_in_halves_is_cut_once_and_evenly_and_never_where_no_rank_comes_again(size):
-    case = of_lengths([96], zigzag_order(torch.tensor([0, 96]), size))
+def test_sequences_in_halves_are_cut_once_and_evenly_and_never_where_no_rank_comes_again(size):
+    case = of_lengths([96, 96], zigzag_order(torch.tensor([0, 96, 192]), size))
     plans = plans_of(case, 4)
-    assert [[len(part.rows) for part in plan.stages] for plan in plans] == [[48 // size] * 2] * size
-    case.is_row[: 52 - 48 // size] = False  # what is left of the first half lies on one rank, which comes next as well
-    assert [len(plan.stages) for plan in plans_of(case, 4)] == [1] * size
+    assert [[len(part.rows) for part in plan.stages] for plan in plans] == [[48 // size] * 4] * size
+    # what is left of a first half lies on one rank, which comes next as well
+    case.is_row.view(2, 96)[:, : 52 - 48 // size] = False
+    assert [len(plan.stages) for plan in plans_of(case, 4)] == [2] * size
+
+
+def test_entries_are_counted_by_keys_of_any_size():
+    keys = np.array([65537, 1, 65537, 65535, 1, 65537])
+    assert stages._counts_before(keys).tolist() == [0, 0, 1, 0, 1, 2]
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "row shards, zigzag"])
@@ -269,7 +276,7 @@ def test_what_cannot_be_planned_is_refused():
     with pytest.raises(ValueError, match="each response token once"):
         credit_plan(order[:1].repeat(2, 1), segments, is_row, 0)
     with pytest.raises(ValueError, match="token 7 is a row in padding"):
-        credit_plan(order, segments, torch.arange(8) == 7, 0)
+        credit_plan(order, segments, (torch.arange(8) == 7) | (torch.arange(8) == 1), 0)  # token 1 is of sequence 0
 
 
 def test_calls_that_do_not_fit_the_plan_are_refused():
