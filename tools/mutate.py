@@ -125,6 +125,51 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "any number does: the teacher gives it no weight",
     (
         "megatron_distil/trainer/head/stages.py",
+        "pieces, ends = _by_stage(pieces, len(bounds) - 1)",
+        "pieces, ends = _by_stage(pieces, len(bounds) + 1)",
+    ): "the empty stages behind the last one are not zipped",
+    (
+        "megatron_distil/trainer/head/stages.py",
+        "pieces, ends = _by_stage(pieces, len(bounds) - 1)",
+        "pieces, ends = _by_stage(pieces, len(bounds) - 0)",
+    ): "the empty stages behind the last one are not zipped",
+    (
+        "megatron_distil/trainer/head/stages.py",
+        "if num_ranks > 1:",
+        "if num_ranks >= 1:",
+    ): "one rank shares no item, and its counts fall",
+    (
+        "megatron_distil/trainer/head/stages.py",
+        "level = _suffix_max(sequence, _counts_behind(sequence * num_ranks + rows.rank[first]))",
+        "level = _suffix_max(sequence, _counts_behind(sequence * num_ranks - rows.rank[first]))",
+    ): "a key of sequence and rank as well",
+    (
+        "megatron_distil/trainer/head/stages.py",
+        "slot=_counts_before(stages * num_ranks + rank),",
+        "slot=_counts_before(stages * num_ranks - rank),",
+    ): "a key of stage and rank as well",
+    (
+        "megatron_distil/trainer/head/stages.py",
+        "excess[head] = np.where(has_earlier & (longest > 0), np.maximum(size[head] - longest, 0), 0)",
+        "excess[head] = np.where(has_earlier & (longest >= 0), np.maximum(size[head] - longest, 0), 0)",
+    ): "an item with an earlier one has a second run: neighbours lie on different ranks",
+    (
+        "megatron_distil/trainer/head/stages.py",
+        "return level[run] + (within < excess[run])",
+        "return -(level[run] + (within < excess[run]))",
+    ): "levels are only told apart",
+    (
+        "megatron_distil/trainer/head/stages.py",
+        "narrow = keys.max(initial=0) <= np.iinfo(np.uint16).max",
+        "narrow = keys.max(initial=0) < np.iinfo(np.uint16).max",
+    ): "both sorts give one order",
+    (
+        "megatron_distil/trainer/head/stages.py",
+        "backwards = group.max(initial=0) - group[::-1]",
+        "backwards = group.min(initial=0) - group[::-1]",
+    ): "a constant less, which is added again",
+    (
+        "megatron_distil/trainer/head/stages.py",
         "excess[head] = np.where(has_earlier & (longest > 0), np.maximum(size[head] - longest, 0), 0)",
         "excess[head] = np.where(has_earlier , np.maximum(size[head] - longest, 0), 0)",
     ): "an item with an earlier one has a second run: neighbours lie on different ranks",
