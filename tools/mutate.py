@@ -19,6 +19,7 @@ import importlib.util
 import io
 import json
 import os
+import platform
 import random
 import resource
 import shutil
@@ -33,6 +34,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from fnmatch import fnmatch
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -792,6 +794,8 @@ class Campaign:
         self._known, self._out = known, out
         self._head = {
             "tool": "mutate",
+            "versions": {"python": platform.python_version(), "torch": version("torch"), "pytest": version("pytest")},
+            "load": round(os.getloadavg()[0], 1),
             "commit": subprocess.run(
                 ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
             ).stdout.strip(),
