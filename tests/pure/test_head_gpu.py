@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
+from tests.world import run_ranks
 from tools.benchmarks import head_gpu
 
 TINY = ("--device", "cpu", "--rows", "70", "--hidden", "16", "--vocab", "90", "--slots", "4", "--chunk", "32")
 
 
-@pytest.fixture(autouse=True)
-def _no_group_is_left() -> Iterator[None]:
-    yield
-    head_gpu.leave_group()
+def in_a_child(test: Callable[..., None]) -> Callable[..., None]:
+    """Megatron's variants start gloo, whose threads would be dead in every world forked from here afterwards."""
+
+    @functools.wraps(test)
+    def run(**fixtures: Any) -> None:
+        run_ranks(lambda _: test(**fixtures), 1)
+
+    return run
 
 
+@in_a_child
 def test_every_variant_computes_the_gradients_of_the_baseline() -> None:
     problem = head_gpu.make_problem(head_gpu.parsed(TINY))
     for column in head_gpu.COLUMNS:
@@ -30,6 +38,7 @@ def test_every_variant_computes_the_gradients_of_the_baseline() -> None:
             assert max(result["rows_error"], result["weight_error"]) < 2e-6, (column, name)
 
 
+@in_a_child
 def test_a_wrong_gradient_is_told() -> None:
     problem = head_gpu.make_problem(head_gpu.parsed(TINY))
     found = head_gpu.variants("labels", "cpu")
@@ -39,6 +48,7 @@ def test_a_wrong_gradient_is_told() -> None:
     assert results["half"]["weight_error"] == pytest.approx(0.5, abs=1e-6)
 
 
+@in_a_child
 def test_what_does_not_fit_is_told_and_the_others_go_on() -> None:
     def too_large(_: head_gpu.Problem) -> None:
         raise torch.OutOfMemoryError("allocating")
@@ -50,6 +60,7 @@ def test_what_does_not_fit_is_told_and_the_others_go_on() -> None:
     assert results["one pass"]["rows_error"] is None
 
 
+@in_a_child
 def test_a_whole_run_prints_a_table_and_one_line(tmp_path, capsys) -> None:
     out = tmp_path / "head.json"
     few = ("--warm-up", "1", "--calls", "3", "--shards", "2", "--variant", "one pass", "--out", str(out))
