@@ -13,7 +13,6 @@ from megatron_distil.algo.objectives.objective import Future, Objective, Tokens
 from megatron_distil.algo.vocabulary import Columns
 from megatron_distil.trainer.counts import Counts
 from megatron_distil.trainer.cp import own_part
-from megatron_distil.trainer.head.chunk import Layer
 from megatron_distil.trainer.head.columns import HeadInputs, columns
 from megatron_distil.trainer.head.onepass import Program, onepass_loss
 from megatron_distil.trainer.head.passes import chunk_rows
@@ -46,7 +45,7 @@ class MicrobatchLoss:
             counted: gets what is counted.
         """
         vectors = self._vectors(microbatch, placed)
-        entropy = vectors.pop("teacher_entropy")
+        entropy = at_rows(microbatch.teacher_entropy, placed)
 
         def program(columns: Columns, rows: Tensor, future: Future) -> Tensor:
             tokens = _tokens(columns, vectors, rows)
@@ -84,7 +83,7 @@ class MicrobatchLoss:
     def _onepass(
         self, inputs: HeadInputs, program: Program, microbatch: Microbatch, placed: Placed, counted: Counts
     ) -> Tensor:
-        step = chunk_rows(Layer.of(inputs.weight, inputs.shard, temperature=inputs.temperature))
+        step = chunk_rows(inputs.weight, inputs.shard)
         plan = self._plan(microbatch, placed, stage_rows=step)
         wrong_scale = counted.counter("wrong_scale", inputs.rows.device)  # its backward counts
         return onepass_loss(inputs, program, plan, placed.cut.group, wrong_scale=wrong_scale)
@@ -103,7 +102,7 @@ class MicrobatchLoss:
         )
 
     def _vectors(self, microbatch: Microbatch, placed: Placed) -> dict[str, Tensor]:
-        names = ("teacher_logprobs", "teacher_sampled", "sampling_logprobs", "advantages", "teacher_entropy")
+        names = ("teacher_logprobs", "teacher_sampled", "sampling_logprobs", "advantages")
         found = {name: at_rows(getattr(microbatch, name), placed) for name in names}
         found["weights"] = at_rows(microbatch.loss_weights, placed)
         for name in ("old_logprobs", "baseline"):
@@ -139,6 +138,6 @@ def at_rows(whole: Tensor, placed: Placed) -> Tensor:
 
 
 def _tokens(found: Columns, vectors: Mapping[str, Tensor], at: Tensor) -> Tokens:
-    given = {name: vector[at] for name, vector in vectors.items() if name != "teacher_entropy"}
+    given = {name: vector[at] for name, vector in vectors.items()}
     sampled = found.sampled.detach()
     return Tokens(student=found, **({"old_logprobs": sampled, "baseline": torch.zeros_like(sampled)} | given))

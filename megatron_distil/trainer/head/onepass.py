@@ -101,7 +101,7 @@ class _Stages:
 
     def run(self, rows_grad: Tensor | None, weight_grad: Tensor | None, grad_scale: float) -> Tensor:
         """The loss; fills the gradients, if they are given, of ``grad_scale`` times the loss."""
-        step = chunk_rows(self.layer)
+        step = chunk_rows(self._inputs.weight, self._inputs.shard)
         cuts = [stage.rows.split(step) if len(stage.rows) else () for stage in self._plan.stages]
         longest = max((len(chunk) for chunks in cuts for chunk in chunks), default=0)
         buffers = make_buffers(self.layer, longest, max(map(len, cuts), default=0), self._keep_bytes)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_distil.algo.vocabulary import Columns
 from megatron_distil.trainer.head.chunk import Chunk, Layer, Stats, add_gradients, local_exps, statistics
-from megatron_distil.trainer.head.columns import HeadInputs
+from megatron_distil.trainer.head.columns import HeadInputs, VocabShard
 
 BUFFER_BYTES = 2**27
 """Of one chunk's exponentials on a CPU: small enough for its caches to matter."""
@@ -22,12 +22,12 @@ LEAST_CHUNK = 4096
 """Rows of a chunk on a GPU, at least: each chunk reads and writes the whole gradient of the output layer."""
 
 
-def chunk_rows(layer: Layer) -> int:
+def chunk_rows(weight: Tensor, shard: VocabShard) -> int:
     """Rows whose exponentials share a buffer; the same on every tensor rank."""
-    fitting = BUFFER_BYTES // (layer.shard.width * layer.weight.element_size())
-    if layer.weight.is_cuda:
-        return max(LEAST_CHUNK, fitting // 256 * 256)
-    return max(1, fitting)
+    if weight.is_cuda:
+        return max(LEAST_CHUNK, BUFFER_BYTES // (shard.width * weight.element_size()) // 256 * 256)
+    num_bytes = max(4, weight.element_size())  # a CPU multiplies float32 at least
+    return max(1, BUFFER_BYTES // (shard.width * num_bytes))
 
 
 class Passes:

@@ -58,7 +58,7 @@ class _Columns(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, weight: Tensor, inputs: HeadInputs, layer: Layer, keep_bytes: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        step = chunk_rows(layer)
+        step = chunk_rows(weight, inputs.shard)
         chunks = torch.arange(len(rows), device=rows.device).split(step) if len(rows) else ()
         buffers = make_buffers(layer, min(step, len(rows)), len(chunks), keep_bytes)
         passes = Passes(layer, inputs, chunks, buffers)
