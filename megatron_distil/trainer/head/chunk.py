@@ -123,10 +123,8 @@ class Layer:
         into = out[: self.shard.size]
         if rows.dtype == into.dtype:
             into.addmm_(exps.t(), rows)
-        elif rows.is_cuda:
+        else:  # a GPU; a CPU has made its operands wide
             torch.addmm(into, exps.t(), rows, out_dtype=into.dtype, out=into)
-        else:
-            into += exps.t() @ rows
 
 
 def statistics(layer: Layer, chunk: Chunk, buffer: Tensor) -> Stats:

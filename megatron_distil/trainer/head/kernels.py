@@ -98,14 +98,7 @@ def _exp_stats_torch(logits: Tensor, support: Tensor, sampled: Tensor, out: Tens
     return ExpStats(peak=peaks, total=totals, support=at_support, sampled=at_sampled)
 
 
-def patch(
-    exps: Tensor,
-    support: Tensor,
-    sampled: Tensor,
-    at_support: Tensor,
-    at_sampled: Tensor,
-    size: int,
-) -> None:
+def patch(exps: Tensor, support: Tensor, sampled: Tensor, at_support: Tensor, at_sampled: Tensor, size: int) -> None:
     """Writes the K + 1 entries of a row of E that a factor of the row does not describe.
 
         E_k <- at_support_k  at k in S,      E_a <- at_sampled  where a is outside S
@@ -132,12 +125,7 @@ def patch(
 
 
 def _patch_torch(
-    exps: Tensor,
-    support: Tensor,
-    sampled: Tensor,
-    at_support: Tensor,
-    at_sampled: Tensor,
-    size: int,
+    exps: Tensor, support: Tensor, sampled: Tensor, at_support: Tensor, at_sampled: Tensor, size: int
 ) -> None:
     is_alone = (sampled >= 0) & ~((support >= 0) & (support == sampled[:, None])).any(1)
     columns = torch.cat([support, torch.where(is_alone, sampled, -1)[:, None]], 1)
