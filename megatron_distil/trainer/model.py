@@ -88,6 +88,7 @@ class Student:
         return [(known[global_name(name, first_layer)], param) for name, param in self.gpt.named_parameters()]
 
 
+@functools.cache
 def has_output_processor() -> bool:
     """Whether this Megatron lets us take the place of its output layer (core 0.18 and newer; PR 4686)."""
     return "output_processor" in inspect.signature(GPTModel.forward).parameters
