@@ -155,18 +155,23 @@ def resident(key: str) -> float:
         return next(int(line.split()[1]) / 1024 for line in file if line.startswith(key))
 
 
-def compared(shape: Shape, rounds: int) -> dict[str, dict[str, float]]:
-    """Best time and largest peak of each variant."""
-    variants = [v for v in VARIANTS if v != "naive" or shape.rows <= NAIVE_ROWS]
+def in_turn(script: Path, variants: Sequence[str], shape: Sequence[int], rounds: int) -> dict[str, dict[str, float]]:
+    """Best time and largest peak of each variant of a script, each in a fresh process: ``--one VARIANT SHAPE``."""
     found: dict[str, dict[str, float]] = {}
     for _ in range(rounds):
         for variant in variants:
-            command = [sys.executable, str(HERE), "--one", variant, ",".join(map(str, shape))]
+            command = [sys.executable, str(script), "--one", variant, ",".join(map(str, shape))]
             output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
             new = json.loads(output.splitlines()[-1])
             known = found.setdefault(variant, new)
             known["seconds"] = min(known["seconds"], new["seconds"])
             known["peak_mib"] = max(known["peak_mib"], new["peak_mib"])
+    return found
+
+
+def compared(shape: Shape, rounds: int) -> dict[str, dict[str, float]]:
+    """Best time and largest peak of each variant."""
+    found = in_turn(HERE, [v for v in VARIANTS if v != "naive" or shape.rows <= NAIVE_ROWS], shape, rounds)
     losses = [entry["loss"] for entry in found.values()]
     if max(losses) - min(losses) > 1e-4 * abs(losses[0]):
         raise SystemExit(f"the variants disagree about the loss of {shape}: {losses}")

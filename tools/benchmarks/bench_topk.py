@@ -17,13 +17,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench_head import THREADS, described, ratio, resident
+from bench_head import THREADS, described, in_turn, ratio, resident
 
 HERE = Path(__file__).resolve()
 VARIANTS = ("select", "naive", "entropy", "tiles")
@@ -112,27 +110,13 @@ def is_exact(shape: Shape) -> bool:
     return bool((run_tiles(p, shape.k)[0] == whole).all())
 
 
-def compared(shape: Shape, rounds: int) -> dict[str, dict[str, float]]:
-    """Best time and largest peak of each variant."""
-    found: dict[str, dict[str, float]] = {}
-    for _ in range(rounds):
-        for variant in VARIANTS:
-            command = [sys.executable, str(HERE), "--one", variant, ",".join(map(str, shape))]
-            output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
-            new = json.loads(output.splitlines()[-1])
-            known = found.setdefault(variant, new)
-            known["seconds"] = min(known["seconds"], new["seconds"])
-            known["peak_mib"] = max(known["peak_mib"], new["peak_mib"])
-    return found
-
-
 def results(rounds: int, *, all_shapes: bool = False) -> dict[str, Any]:
     """Figures of the teacher's top-k; prints the table that they come from.
 
     ``topk_speedup_kK`` is against ``naive``, ``topk_peak_vs_naive`` against the smallest peak of those that keep logits.
     """
     shapes = SHAPES + (OTHERS if all_shapes else [])
-    cases = [{**shape._asdict(), "variants": compared(shape, rounds)} for shape in shapes]
+    cases = [{**shape._asdict(), "variants": in_turn(HERE, VARIANTS, shape, rounds)} for shape in shapes]
     for case in cases:
         print_case(case)
     found: dict[str, Any] = {"topk_cases": cases, "topk_ids_equal": all(is_exact(shape) for shape in SHAPES)}
