@@ -39,7 +39,7 @@ class Shape(NamedTuple):
     chunk: int
 
 
-LARGE = [Shape(151936, 256, rows, 20, 128) for rows in (1024, 2048, 4096)]
+LARGE = [Shape(151936, 256, rows, 20, 256) for rows in (1024, 2048, 4096)]
 OTHERS = [Shape(65536, 512, 2048, 20, 512), Shape(32000, 512, 2048, 20, 512), Shape(32000, 1024, 1024, 100, 512)]
 VARIANTS = ("naive", "recompute", "kept", "onepass")
 THREADS = 1
