@@ -38,7 +38,7 @@ _ENVIRONMENT = {
     "LANG": "C.UTF-8",
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
-    "PYTHONHASHSEED": "0",
+    "PYTHONHASHSEED": "0",  # python -I would ignore it, and hashes would differ from worker to worker
     "PYTHONDONTWRITEBYTECODE": "1",
     "MALLOC_ARENA_MAX": "1",  # per-thread arenas eat RLIMIT_AS
 }
@@ -160,7 +160,7 @@ class Worker:
         arguments = [f"/proc/self/fd/{archive}", str(theirs.fileno()), json.dumps(settings)]
         try:
             process = subprocess.Popen(  # noqa: ASYNC220 - milliseconds, and a thread would take the zygote with it
-                ["/bin/sh", "-c", _WITH_STACK, "sh", interpreter.path, "-I", "-S", *arguments],
+                ["/bin/sh", "-c", _WITH_STACK, "sh", interpreter.path, "-s", "-S", *arguments],
                 pass_fds=(archive, theirs.fileno()),
                 env=_ENVIRONMENT,
                 cwd="/",
