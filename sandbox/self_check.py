@@ -1,78 +1,133 @@
-"""What must hold before the service listens: a right program passes, and each wall stands. Takes about a second.
+"""What an image or a machine must show before its verdicts count: right programs pass, and each wall stands.
 
-python -m sandbox.self_check      a table; exit status 1 if something does not hold
+python -m sandbox.self_check [--level N] [--json FILE]      a table; exit status 1 if something does not hold
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import json
+import os
 import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from sandbox import interpreter, judge, limits, probe
+from sandbox.behaviours import BEHAVIOURS, Behaviour
 from sandbox.executor import Task, Worker, WorkerFault
 
-_LIMITS = limits.complete({"cpu_s": 2.0, "idle_s": 4.0})
-_ANSWER = "42"
+EXIT_DOES_NOT_HOLD, EXIT_REFUSED = 1, 2
+_LIMITS = {"cpu_s": 2.0, "idle_s": 4.0}
 
 
-class Check(NamedTuple):
-    """A program, and what must come of it."""
+class Finding(NamedTuple):
+    """What was seen of a behaviour."""
 
     name: str
-    code: str
-    verdict: str
-    level: int = 0
+    level: int
     """Lowest isolation level that promises it."""
+    seen: str
+    """Empty: this level does not promise it."""
+    ok: bool
 
 
-CHECKS = (
-    Check("a right program passes", "print(int(input()) + 1)", judge.PASSED),
-    Check("a wrong program fails", "print(0)", judge.WRONG_ANSWER),
-    Check("a loop is stopped", "while True: pass", judge.TIME_LIMIT),
-    Check("no other process", "import os\nos.fork()\nprint(42)", judge.RUNTIME_ERROR, 1),
-    Check("no other program", "import os\nos.execv('/bin/true', ['true'])", judge.RUNTIME_ERROR, 1),
-    Check("no network", "import socket\nsocket.socket()\nprint(42)", judge.RUNTIME_ERROR, 1),
-    Check("no files of the host", "open('/etc/passwd')\nprint(42)", judge.RUNTIME_ERROR, 1),
-    Check("no other processes in sight", "import os\nos.listdir('/proc')\nprint(42)", judge.RUNTIME_ERROR, 1),
-    Check("no trace of the host's tree", "import os\nos.stat('/etc/passwd')\nprint(42)", judge.RUNTIME_ERROR, 2),
-    Check("a private /tmp", "open('/tmp/x', 'w').write('x')\nprint(42)", judge.PASSED, 2),
-    Check("nothing left of the last test", "import os\nprint(42 if not os.listdir() else 0)", judge.PASSED, 2),
-)
+async def findings(level: int, python: interpreter.Interpreter, behaviours: Sequence[Behaviour]) -> list[Finding]:
+    """Every behaviour, seen at this level.
+
+    Raises:
+        WorkerFault: no worker starts, or it breaks.
+    """
+    found: list[Finding] = []
+    async with await Worker.start(level, python) as worker:
+        for behaviour in behaviours:
+            if behaviour.level <= level:
+                found.append(await _see(worker, behaviour))
+            else:
+                found.append(Finding(behaviour.name, behaviour.level, "", True))
+    return found
 
 
 async def failures(level: int, python: interpreter.Interpreter) -> list[str]:
-    """What does not hold at this level; one line each.
+    """What does not hold at this level, of what is seen before the service listens; one line each.
 
     Raises:
         WorkerFault: no worker starts.
     """
-    problems: list[str] = []
-    async with await Worker.start(level, python) as worker:
-        for check in CHECKS:
-            if check.level > level:
-                continue
-            limited = {**_LIMITS, "cpu_s": 0.2} if check.verdict == judge.TIME_LIMIT else _LIMITS
-            record = await worker.run(Task(code=check.code, input="41\n", limits=limited))
-            verdict, why, _ = judge.judge(record, "stdin", _ANSWER, limited)
-            if verdict != check.verdict:
-                problems.append(f"{check.name}: {verdict} ({why}) in place of {check.verdict}")
-    return problems
+    quick = [behaviour for behaviour in BEHAVIOURS if behaviour.is_quick]
+    return [f"{found.name}: {found.seen}" for found in await findings(level, python, quick) if not found.ok]
+
+
+async def _see(worker: Worker, behaviour: Behaviour) -> Finding:
+    mode = "functional" if behaviour.function else "stdin"
+    limited = limits.complete({**_LIMITS, **behaviour.limits})
+    task = Task(code=behaviour.code, input=behaviour.input, mode=mode, function=behaviour.function, limits=limited)
+    record = await worker.run(task)
+    verdict, why, got = judge.judge(record, mode, behaviour.expected, limited)
+    if verdict in behaviour.verdicts:
+        return Finding(behaviour.name, behaviour.level, verdict, True)
+    printed = got or record.stdout[:200].decode("utf-8", "replace").strip()
+    seen = f"{verdict} in place of {' or '.join(behaviour.verdicts)}: {why or printed!r}, printed {printed!r}"
+    return Finding(behaviour.name, behaviour.level, seen, False)
 
 
 def main() -> None:
-    """Check every level that the probe promises."""
-    found = probe.probe()
-    python = interpreter.find()
-    is_well = True
-    for level in range(found.level, -1, -1):
-        try:
-            problems = asyncio.run(failures(level, python))
-        except WorkerFault as error:
-            problems = [str(error)]
-        print(f"level {level} ({probe.LEVEL_NAMES[level]}): {'; '.join(problems) or 'everything holds'}")
-        is_well &= not problems
-    sys.exit(0 if is_well else 1)
+    """See every behaviour at one level."""
+    parser = argparse.ArgumentParser(prog="python -m sandbox.self_check", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--level", type=int, choices=range(probe.HIGHEST + 1), help="the best if not given")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was seen there; -: only to stdout")
+    options = parser.parse_args()
+    started = time.monotonic()
+    reached = probe.probe()
+    level = reached.level if options.level is None else options.level
+    try:
+        if level > reached.level:
+            sys.exit(_refusal(reached.shortfall(level)))
+        python = interpreter.find()
+        found = asyncio.run(findings(level, python, BEHAVIOURS))
+    except (WorkerFault, interpreter.NoInterpreter) as error:
+        sys.exit(_refusal(str(error)))
+    is_well = all(finding.ok for finding in found)
+    report = {
+        "ok": is_well,
+        "level": level,
+        "name": probe.LEVEL_NAMES[level],
+        "missing": dict(reached.missing),
+        "python": python.version,
+        "kernel": reached.kernel,
+        "machine": reached.machine,
+        "uid": os.getuid(),
+        "seconds": round(time.monotonic() - started, 2),
+        "checks": [finding._asdict() for finding in found if finding.seen],
+    }
+    _write(report, found, options.json)
+    sys.exit(0 if is_well else EXIT_DOES_NOT_HOLD)
+
+
+def _refusal(message: str) -> int:
+    print(f"sandbox: {message}", file=sys.stderr)
+    return EXIT_REFUSED
+
+
+def _write(report: dict[str, object], found: Sequence[Finding], file: Path | None) -> None:
+    text = json.dumps(report, indent=1) + "\n"
+    if file == Path("-"):
+        print(text, end="")
+        return
+    if file:
+        file.write_text(text)
+    width = max(len(finding.name) for finding in found)
+    print(f"{'behaviour':{width}}  level  ok  seen")
+    for name, level, seen, ok in found:
+        print(f"{name:{width}}  {level:5}  {'yes' if ok else 'NO':3} {seen or 'not promised here'}".rstrip())
+    promised = [finding for finding in found if finding.seen]
+    kept = sum(finding.ok for finding in promised)
+    print(
+        f"\nlevel {report['level']} ({report['name']}), Python {report['python']}, kernel {report['kernel']}: "
+        f"{kept} of {len(promised)} hold, {report['seconds']} s"
+    )
 
 
 if __name__ == "__main__":
