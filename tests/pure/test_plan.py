@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 
 from launchers.cluster import Cluster, load_cluster
-from launchers.jobplan import Job, JobPlan, ServicePlan, from_json, to_json
+from launchers.jobplan import (
+    ClusterPlan,
+    Job,
+    JobPlan,
+    RolePlan,
+    ServicePlan,
+    cluster_from_json,
+    filled,
+    from_json,
+    to_json,
+)
 from launchers.plan import Places, Training, services, training_job
 from launchers.quickstart import known_recipes, quickstart_plan, result_lines
 from megatron_distil.config.load import load_config
@@ -208,3 +218,57 @@ def test_everything_that_is_wrong_with_a_cluster_file_is_said_at_once(tmp_path):
 def test_a_cluster_that_is_not_there_is_named_with_those_that_are():
     with pytest.raises(ConfigError, match=r"cluster = 'h20': No such file or directory\. Known: .*local"):
         load_cluster("h20")
+
+
+def node_plan() -> JobPlan:
+    service = ServicePlan(
+        role="rollout",
+        name="rollout-0",
+        command=("serve", "--host", "{host}", "--port", "{port}", '{"a": 1}'),
+        env={"FOLDER": "/r/{life}"},
+        cwd="/",
+        log="/l/{life}/rollout-0.log",
+        health_path="/health",
+        start_timeout_s=1.0,
+    )
+    job = Job(name="train", command=("torchrun", "{rdzv}", "{rdzv}"), cwd="/", rank_logs="/l/{life}")
+    return JobPlan(name="n", registry="/r/{life}", log="/l", services=(service,), jobs=(job,))
+
+
+def test_a_plan_of_many_nodes_survives_json():
+    role = RolePlan(
+        name="trainer",
+        nodes=2,
+        first_node=0,
+        node_plans=(node_plan(), node_plan()),
+        needs={"rollout": 2},
+        script="exec python 'a b'\n",
+        srun_args=("--overlap", "--nodes=2"),
+        env={"A": 'b "c"'},
+        mounts=("/a:/b",),
+        container_env=("A",),
+    )
+    plan = ClusterPlan(
+        name="n", run="/run", account="a", partition="p", time="1-00:00:00", nodes=2, gpus_per_node=8,
+        signal="B:USR1@600", retries=100, monitor_s=10, setup="true\n", roles=(role,), export=("PATH",),
+        sbatch={"no_kill": True, "qos": "high", "nice": 5},
+    )  # fmt: skip
+    assert cluster_from_json(to_json(plan)) == plan
+    assert plan.role("trainer") is role
+    with pytest.raises(KeyError, match="no role 'sandbox'; the plan has trainer"):
+        plan.role("sandbox")
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"roles": [{"srun_args": []}], "export": []}'])
+def test_what_is_no_plan_of_many_nodes_is_refused(text):
+    with pytest.raises(ValueError, match="not a cluster plan"):
+        cluster_from_json(text)
+
+
+def test_what_a_node_knows_is_filled_in_everywhere_and_other_braces_stay():
+    plan = filled(node_plan(), {"host": "10.0.0.1", "life": "7.2", "rdzv": "10.0.0.2:1400"})
+    (service,), (job,) = plan.services, plan.jobs
+    assert service.command == ("serve", "--host", "10.0.0.1", "--port", "{port}", '{"a": 1}')
+    assert (service.env, service.log) == ({"FOLDER": "/r/7.2"}, "/l/7.2/rollout-0.log")
+    assert (job.command, job.rank_logs) == (("torchrun", "10.0.0.2:1400", "10.0.0.2:1400"), "/l/7.2")
+    assert plan.registry == "/r/7.2"
