@@ -18,9 +18,11 @@ import sys
 import threading
 import traceback
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
 from typing import Any
+
+from sandbox import profiles
 
 FILENAME = "solution.py"
 RESULT_FD = 3
@@ -74,17 +76,23 @@ def _encode_other(value: Any, kind: type, depth: int) -> Any:
     raise TypeError(f"cannot serialise a result of type {kind.__name__}")
 
 
-def set_limits(limits: Mapping[str, float]) -> None:
+def set_limits(limits: Mapping[str, float], without: Container[str] = ()) -> None:
     """Kernel back-stops. The keeper's clocks are the real CPU limit; RLIMIT_CPU counts whole seconds."""
     cpu = int(limits["cpu_s"]) + 1
-    _limit(resource.RLIMIT_CPU, cpu, cpu + 1)
-    _limit(resource.RLIMIT_AS, int(limits["memory_bytes"]))
-    _limit(resource.RLIMIT_FSIZE, int(limits["output_bytes"]))
-    _limit(resource.RLIMIT_NOFILE, 64)
-    _limit(resource.RLIMIT_CORE, 0)
-    _limit(resource.RLIMIT_MEMLOCK, 0)
-    _limit(resource.RLIMIT_MSGQUEUE, 0)
-    _limit(resource.RLIMIT_NPROC, int(limits["pids"]))
+    most = {
+        "as": int(limits["memory_bytes"]),
+        "fsize": int(limits["output_bytes"]),
+        "nofile": 64,
+        "core": 0,
+        "memlock": 0,
+        "msgqueue": 0,
+        "nproc": int(limits["pids"]),
+    }
+    if "rlimits.cpu" not in without:
+        _limit(resource.RLIMIT_CPU, cpu, cpu + 1)
+    for name, value in most.items():
+        if f"rlimits.{name}" not in without:
+            _limit(getattr(resource, f"RLIMIT_{name.upper()}"), value)
 
 
 def _limit(which: int, soft: int, hard: int | None = None) -> None:
@@ -95,39 +103,79 @@ def _limit(which: int, soft: int, hard: int | None = None) -> None:
     resource.setrlimit(which, (soft, hard))
 
 
-def run(code: str, *, mode: str, function: str, has_prelude: bool, seed: int, input: str = "") -> int:
+def run(
+    code: str,
+    *,
+    mode: str,
+    function: str,
+    has_prelude: bool,
+    seed: int,
+    input: str = "",
+    profile: str = "native",
+    language: str = "python",
+) -> int:
     """Execute one test; leaves its result on RESULT_FD and returns the exit status."""
     result: dict[str, Any] = {}
     status = 0
     try:
         module = _prepare(code, mode, seed)
-        if has_prelude:
-            module.__dict__.update(PRELUDE)
+        if has_prelude or profile == "lcb":
+            streams = {"stdin": sys.stdin, "stdout": sys.stdout, "stderr": sys.stderr}  # sys's own names, as of now
+            module.__dict__.update(PRELUDE, **streams)
             sys.setrecursionlimit(PRELUDE_RECURSION)
-        try:
-            program = compile(code, FILENAME, "exec", dont_inherit=True)
-        except BaseException:
-            result["phase"] = "compile"
-            raise
-        exec(program, module.__dict__)
-        if mode == "functional":
-            owner = module.__dict__["Solution"]() if "Solution" in module.__dict__ else module
-            arguments = [json.loads(line) for line in input.split("\n")]
-            result["value"] = encode(getattr(owner, function)(*arguments))
+        if profile == "lcb" and mode == "stdin":
+            profiles.run_lcb(module, lambda: _compiled(result, profiles.lcb_program, code, FILENAME))
+            result["exit"] = 0
+        else:
+            if profile == "sdpo":
+                module.__dict__["debug_print"] = profiles.debug_print
+            compiler = _COMPILERS[profile] if mode == "functional" else _program
+            exec(_compiled(result, compiler, code, FILENAME), module.__dict__)
+            if mode == "functional":
+                called, arguments = _CALLS[profile](code, module, function, input)
+                value = called(*arguments)
+                if profile == "lcb":
+                    profiles.refuse_arrays(value)
+                result["value"] = encode(value)
     except SystemExit as error:
         status = _exit_status(error.code)
         result["exit"] = status
     except BaseException as error:  # noqa: BLE001 - whatever the program raised is its result
         status = 1
         _report(error, result)
-    _quietly(threading._shutdown)  # pyright: ignore[reportAttributeAccessIssue] - private
-    # join non-daemon threads, on the program's own clock
-    if mode == "stdin":
-        _quietly(atexit._run_exitfuncs)
+    if profile != "lcb":  # which does not wait for them
+        _quietly(threading._shutdown)  # pyright: ignore[reportAttributeAccessIssue] - private
+        # join non-daemon threads, on the program's own clock
+        if mode == "stdin":
+            _quietly(atexit._run_exitfuncs)
     _quietly(lambda: sys.stdout.flush())
     _quietly(lambda: sys.stderr.flush())
     _quietly(lambda: _emit(result))
     return status
+
+
+def _program(code: str, filename: str) -> types.CodeType:
+    return compile(code, filename, "exec", dont_inherit=True)
+
+
+def _compiled(
+    result: dict[str, Any], compiler: Callable[[str, str], types.CodeType], code: str, filename: str
+) -> types.CodeType:
+    """What is raised here is an error of compilation."""
+    try:
+        return compiler(code, filename)
+    except BaseException:
+        result["phase"] = "compile"
+        raise
+
+
+def _call(_: str, module: types.ModuleType, function: str, input: str) -> profiles.Call:
+    owner = module.__dict__["Solution"]() if "Solution" in module.__dict__ else module
+    return getattr(owner, function), [json.loads(line) for line in input.split("\n")]
+
+
+_COMPILERS = {"native": _program, "lcb": profiles.lcb_module, "sdpo": profiles.sdpo_module}
+_CALLS = {"native": _call, "lcb": profiles.lcb_call, "sdpo": profiles.sdpo_call}
 
 
 def _prepare(code: str, mode: str, seed: int) -> types.ModuleType:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 PASSED, RAN, WRONG_ANSWER = "passed", "ran", "wrong_answer"
 TIME_LIMIT, WALL_LIMIT, MEMORY_LIMIT, OUTPUT_LIMIT = "time_limit", "wall_limit", "memory_limit", "output_limit"
 RUNTIME_ERROR, COMPILE_ERROR = "runtime_error", "compile_error"
+PROFILES = ("native", "lcb", "sdpo")
+"""Our own rules; those of LiveCodeBench's checker; those of SDPO's (arXiv:2601.20802)."""
 MAX_DEPTH = 130
 MAX_DIGITS = 50_000
 MAX_SHOWN = 300
@@ -50,7 +53,9 @@ class Judgement(NamedTuple):
     """What a function returned, for people."""
 
 
-def judge(record: Record, mode: str, expected: str | None, limits: Mapping[str, float]) -> Judgement:
+def judge(
+    record: Record, mode: str, expected: str | None, limits: Mapping[str, float], profile: str = "native"
+) -> Judgement:
     """Limits come first, so that a killed run can never pass. ``expected=None``: nothing is compared."""
     stopped = _over_limit(record, limits)
     if stopped:
@@ -65,12 +70,14 @@ def judge(record: Record, mode: str, expected: str | None, limits: Mapping[str, 
         verdict = COMPILE_ERROR if result.get("phase") == "compile" else RUNTIME_ERROR
         return Judgement(verdict, f"{exception}: {message}"[:MAX_SHOWN])
     if mode == "functional":
-        return _judge_value(result, expected)
-    if record.exit:
+        return _judge_value(result, expected, profile)
+    if profile == "lcb" and "exit" not in result:  # what it printed went down with its process
+        return Judgement(RUNTIME_ERROR, "exit before the end of the program")
+    if profile != "lcb" and record.exit:
         return Judgement(RUNTIME_ERROR, f"exit code {record.exit}")
     if expected is None:
         return Judgement(RAN)
-    difference = compare_lines(record.stdout.decode("utf-8", "replace"), expected)
+    difference = _COMPARE_OUTPUT[profile](record.stdout.decode("utf-8", "replace"), expected)
     return Judgement(WRONG_ANSWER, difference) if difference else Judgement(PASSED)
 
 
@@ -86,7 +93,7 @@ def _over_limit(record: Record, limits: Mapping[str, float]) -> Judgement | None
     return None
 
 
-def _judge_value(result: Mapping[str, Any], expected: str | None) -> Judgement:
+def _judge_value(result: Mapping[str, Any], expected: str | None, profile: str) -> Judgement:
     if "value" not in result:
         return Judgement(RUNTIME_ERROR, "no result (exit before return)")
     try:
@@ -94,9 +101,15 @@ def _judge_value(result: Mapping[str, Any], expected: str | None) -> Judgement:
         shown = repr(got)[:MAX_SHOWN]
     except (ValueError, TypeError, RecursionError, AttributeError):
         return Judgement(RUNTIME_ERROR, "malformed result")
+    if profile == "sdpo":
+        try:
+            sorted_json(got)
+        except (TypeError, RecursionError) as error:
+            return Judgement(RUNTIME_ERROR, str(error))
     if expected is None:
         return Judgement(RAN, got=shown)
-    return Judgement(PASSED if same_value(got, json.loads(expected)) else WRONG_ANSWER, got=shown)
+    is_same = _COMPARE_VALUE[profile](got, json.loads(expected))
+    return Judgement(PASSED if is_same else WRONG_ANSWER, got=shown)
 
 
 def _result(data: bytes) -> dict[str, Any]:
@@ -169,3 +182,69 @@ def same_value(got: Any, expected: Any) -> bool:
         return bool(got == expected)
     except RecursionError:
         return False
+
+
+def compare_words(output: str, expected: str) -> str:
+    """SDPO's rule for standard output: one line of both, equal as text; one "-" at the end of the expected is no part of it.
+
+    Source: lasgroup/SDPO, ``verl/utils/reward_score/feedback/code.py``, ``run_test_std``.
+    """
+    want = expected.strip()
+    want = want[:-1] if want.endswith("-") else want
+    return "" if _one_line(output) == _one_line(want) else "the outputs differ"
+
+
+def _one_line(text: str) -> str:
+    return text.strip().replace("\n", " ").replace("\r", "")
+
+
+def same_json(got: Any, expected: Any) -> bool:
+    """SDPO's rule for functions: equal JSON texts, so 3.0 is not 3; tuples count as lists, keys as text."""
+    try:
+        return sorted_json(got) == sorted_json(expected)
+    except (TypeError, RecursionError):
+        return False
+
+
+def sorted_json(value: Any) -> str:
+    """The JSON text that SDPO compares.
+
+    Raises:
+        TypeError: the value is no JSON, such as a set.
+    """
+    return json.dumps(_as_json(value), sort_keys=True)
+
+
+def _as_json(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_as_json(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _as_json(item) for key, item in value.items()}
+    raise TypeError(f"Non-serializable result type: {type(value).__name__}")
+
+
+_COMPARE_OUTPUT = {"native": compare_lines, "lcb": compare_lines, "sdpo": compare_words}
+_COMPARE_VALUE = {"native": same_value, "lcb": same_value, "sdpo": same_json}
+
+
+def outputs_digest(rows: Iterable[tuple[Record, Judgement]]) -> str:
+    """SHA-256 of what a submission answered, test by test: submissions that answer the same have the same.
+
+    An answer is what is compared: the printed lines without the space around them, the returned value, or the kind of
+    the failure.
+    """
+    digest = hashlib.sha256()
+    for record, judgement in rows:
+        digest.update(hashlib.sha256(_answer(record, judgement)).digest())
+    return digest.hexdigest()
+
+
+def _answer(record: Record, judgement: Judgement) -> bytes:
+    if judgement.verdict not in (PASSED, RAN, WRONG_ANSWER):
+        return f"! {judgement.verdict}".encode()
+    if judgement.got is not None:
+        return b"= " + json.dumps(_result(record.result).get("value"), sort_keys=True).encode()
+    lines = record.stdout.decode("utf-8", "replace").strip().split("\n")
+    return b"> " + "\n".join(line.strip() for line in lines).encode()
