@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 TITLES = {  # the first kind that is present is the one shown
@@ -20,15 +20,53 @@ TITLES = {  # the first kind that is present is the one shown
     "wall_limit": "Time Limit Exceeded (the program was waiting, not computing)",
     "wrong_answer": "Wrong Answer",
 }
-MAX_CHARS = 3000
-MAX_WRONG_ANSWERS = 2
 _ORDER = list(TITLES)
+PASSED = "Passed {passed} of {total} tests."
+TITLE = "\nTest {number}: {title}{detail}"
+MORE_LINES = "({number} more lines)"
+
+# SDPO tells three kinds apart, in this order (arXiv:2601.20802, format_test_feedback).
+SDPO_KINDS = (
+    ("compile_error", "runtime_error", "memory_limit", "output_limit"),
+    ("time_limit", "wall_limit"),
+    ("wrong_answer",),
+)
+SDPO_TITLES = ("Runtime Error", "Time Limit Exceeded", "Test Case {number}: Wrong Answer")
+SDPO_MAX_CHARS = 2000
+SDPO_VALUE_CHARS, SDPO_INPUT_LINES, SDPO_DEBUG_LINES, SDPO_FRAMES = 250, 8, 10, 3
+
+# Of Llama 2 and Mistral, Gemma, GLM, BERT's heirs; those of Qwen, Llama 3 and 4, DeepSeek, GPT-OSS and Phi hold <| or |>.
+_ANGLED = """think tool_call tool_response tools s bos eos pad unk mask start_of_turn end_of_turn start_of_image
+end_of_image image_soft_token sop eop BOS_TOKEN EOS_TOKEN PAD_TOKEN SYS""".split()  # noqa: SIM905 - a list of words
+_SQUARE = """INST SYSTEM_PROMPT AVAILABLE_TOOLS TOOL_RESULTS TOOL_CALLS TOOL_CONTENT CALL_ID ARGS THINK PREFIX MIDDLE SUFFIX
+IMG IMG_BREAK IMG_END AUDIO BEGIN_AUDIO MODEL_SETTINGS gMASK sMASK BOS EOS EOT PAD UNK CLS SEP
+MASK multimodal""".split()  # noqa: SIM905 - a list of words
 _CHAT_TOKENS = re.compile(
-    r"<[|\uff5c][^|\uff5c>]{1,40}[|\uff5c]>|</?(?:think|tool_call|tool_response|s|bos|eos)>|\[/?INST\]|<<?/?SYS>>?",
+    rf"<\||\|>|</?(?:{'|'.join(_ANGLED)}|unused\d+|SPECIAL_\d+)>|<</?SYS>>|\[/?(?:{'|'.join(_SQUARE)}|control_\d+)\]",
     re.I,
 )
-_DEFUSED = str.maketrans({"<": "\u2039", ">": "\u203a", "[": "("})
+# Characters that become those of a token in a tokenizer that normalises (NFKC).
+_WIDE = str.maketrans({"\uff5c": "|", "\uff1c": "<", "\uff1e": ">", "\ufe64": "<", "\ufe65": ">"})
+_QUOTES = str.maketrans({"\uff40": "'", "\u1fef": "'"})
+_LOOKALIKES: Mapping[str, str] = {"<": "\u2039", ">": "\u203a", "[": "("}
+_DEFUSED = str.maketrans(dict(_LOOKALIKES))
 _ADDRESS = re.compile(r"(thread) 0x[0-9a-f]+", re.I)  # differs from run to run
+_FRAME = re.compile(r'\s*File "([^"]+)", line (\d+), in (.*)')
+
+
+class Options(NamedTuple):
+    """What a request may choose."""
+
+    max_failing: int = 2
+    """Wrong answers that are shown; of every other kind it is one."""
+    max_chars: int = 3000
+    """Of the whole text. The profile ``sdpo`` never takes more than 2,000."""
+    show_expected: bool = True
+    profile: str = "native"
+    """``sdpo`` is SDPO's wording; every other is ours."""
+
+
+DEFAULTS = Options()
 
 
 class Shown(NamedTuple):
@@ -45,39 +83,90 @@ class Shown(NamedTuple):
     got: str | None
 
 
-def render(tests: Sequence[Shown], max_chars: int = MAX_CHARS) -> str:
-    """The worst failure, or the two shortest wrong answers. Empty if nothing failed."""
+def render(tests: Sequence[Shown], options: Options = DEFAULTS) -> str:
+    """The worst failure, or the shortest wrong answers. Empty if nothing failed."""
     bad = [test for test in tests if test.verdict in TITLES]
     if not bad:
         return ""
-    worst = min(bad, key=lambda test: _ORDER.index(test.verdict))
-    shown = [worst]
-    if worst.verdict == "wrong_answer":
-        shown = sorted(bad, key=lambda test: len(test.input) + len(_output(test)))[:MAX_WRONG_ANSWERS]
+    if options.profile == "sdpo":
+        blocks = _sdpo(bad, options)
+        return _fill("", blocks, min(options.max_chars, SDPO_MAX_CHARS)).lstrip("\n")
     passed = sum(test.verdict == "passed" for test in tests)
-    text = f"Passed {passed} of {len(tests)} tests."
-    for test in shown:
-        for block in _blocks(test):
-            if len(text) + len(block) + 1 > max_chars:  # whole blocks only: a fence is never left open
-                return text
-            text += "\n" + block
+    head = PASSED.format(passed=passed, total=len(tests))
+    blocks = (block for test in _worst(bad, options.max_failing) for block in _blocks(test, options))
+    return _fill(head, blocks, options.max_chars) if len(head) <= options.max_chars else ""
+
+
+def _fill(text: str, blocks: Iterable[str], max_chars: int) -> str:
+    for block in blocks:
+        if len(text) + len(block) + 1 > max_chars:  # whole blocks only: a fence is never left open
+            return text
+        text += "\n" + block
     return text
 
 
-def _blocks(test: Shown) -> Iterator[str]:
+def _worst(bad: Sequence[Shown], max_failing: int) -> list[Shown]:
+    worst = min(bad, key=lambda test: _ORDER.index(test.verdict))
+    return _shortest(bad, max_failing) if worst.verdict == "wrong_answer" else [worst]
+
+
+def _shortest(bad: Sequence[Shown], max_failing: int) -> list[Shown]:
+    return sorted(bad, key=lambda test: len(test.input) + len(_output(test)))[:max_failing]
+
+
+def _blocks(test: Shown, options: Options) -> Iterator[str]:
     kind = test.verdict
     detail = f" ({clean(test.why, 100, 1)})" if kind in ("time_limit", "wall_limit") and test.why else ""
-    yield f"\nTest {test.number}: {TITLES[kind]}{detail}"
+    yield TITLE.format(number=test.number, title=TITLES[kind], detail=detail)
     if kind in ("compile_error", "runtime_error", "time_limit") and test.stderr.strip():
         yield fence("", own_frames(test.stderr))
-    elif kind == "runtime_error" and test.why:
+    elif kind in ("compile_error", "runtime_error") and test.why:
         yield fence("", clean(test.why, 200, 1))
     yield fence("Input", clean(test.input, 300, 8))
     if kind == "wrong_answer":
         yield fence("Output", clean(_output(test)))
-        yield fence("Expected", clean(test.expected))
+        if options.show_expected:
+            yield fence("Expected", clean(test.expected))
         if test.got is not None and test.stdout:
             yield fence("Printed", clean(test.stdout, 300, 10))
+
+
+def _sdpo(bad: Sequence[Shown], options: Options) -> Iterator[str]:
+    """SDPO's words and bounds, with our fences around what is not ours."""
+    present = (number for number, kinds in enumerate(SDPO_KINDS) if any(test.verdict in kinds for test in bad))
+    kind = next(present)
+    chosen = [test for test in bad if test.verdict in SDPO_KINDS[kind]]
+    for test in _shortest(chosen, options.max_failing) if kind == 2 else chosen[:1]:
+        yield "\n" + SDPO_TITLES[kind].format(number=test.number)
+        debug, trace = _split_trace(test.stderr)
+        if kind == 0:
+            yield fence("", "\n".join([clean(test.why, SDPO_VALUE_CHARS, 1), *_short_frames(trace)]))
+        given = clean(test.input, SDPO_VALUE_CHARS * SDPO_INPUT_LINES, SDPO_INPUT_LINES, SDPO_VALUE_CHARS)
+        yield fence("Input" if kind == 2 else "Last Executed Input", given)
+        if kind == 2:
+            yield fence("Output", clean(_output(test), SDPO_VALUE_CHARS, SDPO_VALUE_CHARS))
+            if options.show_expected:
+                yield fence("Expected", clean(test.expected, SDPO_VALUE_CHARS, SDPO_VALUE_CHARS))
+        if debug.strip():
+            yield fence("Debug Output", clean(debug.strip(), 300 * SDPO_DEBUG_LINES, SDPO_DEBUG_LINES, 300))
+
+
+def _split_trace(stderr: str) -> tuple[str, str]:
+    """What the program wrote, and the traceback that ends it."""
+    before, mark, after = stderr.rpartition("Traceback (most recent call last):\n")
+    return (before, mark + after) if mark else (stderr, "")
+
+
+def _short_frames(trace: str) -> list[str]:
+    rows = trace.split("\n")
+    found: list[str] = []
+    for row, below in zip(rows, [*rows[1:], ""], strict=True):
+        frame = _FRAME.match(row)
+        if frame and frame[1] == "solution.py":
+            source = [] if _FRAME.match(below) or not below.startswith("    ") else [f"  {below.strip()}"]
+            line = [*source, f"Line {frame[2]} in {frame[3]} (Solution.py)"]
+            found.append("\n".join(clean(text, SDPO_VALUE_CHARS, 1) for text in line))
+    return found[-SDPO_FRAMES:]
 
 
 def _output(test: Shown) -> str:
@@ -90,27 +179,34 @@ def fence(title: str, text: str) -> str:
     return (f"{title}:\n" if title else "") + f"```\n{body}\n```"
 
 
-def clean(text: str, chars: int = 400, lines: int = 10) -> str:
+def clean(text: str, chars: int = 400, lines: int = 10, line_chars: int | None = None) -> str:
     """At most ``chars`` characters and ``lines`` lines of harmless text, from the start."""
-    rows = _harmless(text[: chars * 4]).split("\n")
+    rows = harmless(text[: chars * 4]).split("\n")
     hidden = len(rows) - lines
-    text = "\n".join(rows[:lines])
+    kept = rows[:lines]
+    if line_chars:
+        kept = [row if len(row) <= line_chars else row[:line_chars] + "\u2026" for row in kept]
+    text = "\n".join(kept)
     if len(text) > chars:
         text = text[:chars] + "\u2026"
-    return text + (f"\n({hidden} more lines)" if hidden > 0 else "")
+    return text + ("\n" + MORE_LINES.format(number=hidden) if hidden > 0 else "")
 
 
 def clean_end(text: str, chars: int, lines: int) -> str:
     """The same, from the end."""
-    text = "\n".join(_harmless(text[-chars * 4 :]).split("\n")[-lines:])
+    text = "\n".join(harmless(text[-chars * 4 :]).split("\n")[-lines:])
     return "\u2026" + text[-chars:] if len(text) > chars else text
 
 
-def _harmless(text: str) -> str:
+def harmless(text: str) -> str:
+    """Text without control characters, chat-template tokens and fences, in tokenizers that normalise too."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     # zero-width characters first: they could split a token from the filter
     text = "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else "\ufffd" for c in text)
-    return _CHAT_TOKENS.sub(lambda match: match.group(0).translate(_DEFUSED), text).replace("```", "'''")
+    text = _CHAT_TOKENS.sub(lambda match: match[0].translate(_DEFUSED), text.translate(_QUOTES))
+    if _CHAT_TOKENS.search(text.translate(_WIDE)) or _CHAT_TOKENS.search(unicodedata.normalize("NFKC", text)):
+        text = "".join(_LOOKALIKES.get(unicodedata.normalize("NFKC", c), c) for c in text)
+    return text.replace("```", "'''")
 
 
 def own_frames(stderr: str) -> str:

@@ -162,7 +162,7 @@ def test_no_program_can_write_chat_turns_or_close_its_fence() -> None:
 def test_feedback_is_bounded_and_every_fence_closed(verdict: str, room: int) -> None:
     flood = "\n".join("x" * 5000 for _ in range(500))
     shown = feedback.Shown(1, verdict, flood, flood, flood, flood, flood, None)
-    text = feedback.render([shown], max_chars=room)
+    text = feedback.render([shown], feedback.Options(max_chars=room))
     assert len(text) <= room
     assert text.count("```") % 2 == 0
 
