@@ -16,23 +16,39 @@ import subprocess
 import tempfile
 import zipfile
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from sandbox import limits as limits_
-from sandbox import wire
+from sandbox import walls, wire
+from sandbox.box import Box, delegated
+from sandbox.builds import Builds
 from sandbox.interpreter import UNPRIVILEGED, Interpreter, identity
 from sandbox.judge import Record
 
 START_S, GRACE_S, STOP_S = 60.0, 30.0, 5.0
 RUNS_PER_KEEPER = 200
 READ_CAP = 1 << 20
-_INNER = ("__init__", "child", "keeper", "linux", "namespaces", "syscalls", "wire", "zygote")
+_INNER = (
+    "__init__",
+    "cgroup",
+    "child",
+    "foreign",
+    "keeper",
+    "languages",
+    "limits",
+    "linux",
+    "namespaces",
+    "profiles",
+    "syscalls",
+    "wire",
+    "zygote",
+)
 _ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
     "LANG": "C.UTF-8",
@@ -59,6 +75,8 @@ class Task:
     mode: str = "stdin"
     function: str = ""
     has_prelude: bool = False
+    profile: str = "native"
+    language: str = "python"
     seed: int = 0
     limits: Mapping[str, float] = field(default_factory=lambda: limits_.complete({}))
 
@@ -128,32 +146,36 @@ class _Channel:
 class Worker:
     """Runs one test at a time."""
 
-    def __init__(self, process: subprocess.Popen[bytes], control: _Channel, workdir: str | None) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], control: _Channel, workdir: str | None, box: Box | None
+    ) -> None:
         self.process = process
-        self._control, self._workdir = control, workdir
+        self._control, self._workdir, self._box = control, workdir, box
         self._keeper: _Channel | None = None
         self._runs = 0
+        self._builds = Builds(self._send)
 
     @classmethod
-    async def start(cls, level: int, interpreter: Interpreter, **switches: bool) -> Worker:
+    async def start(cls, level: int, interpreter: Interpreter, *, without: Collection[str] = ()) -> Worker:
         """Start a zygote. Must be called in the main thread: the zygote dies with the thread that started it.
 
         Args:
             level: isolation level.
             interpreter: the Python that runs programs.
-            switches: overrides of ``keeper.Settings``, to see that a mechanism matters.
+            without: mechanisms of ``walls.LEVELS`` that tests switch off, to see that they matter.
 
         Raises:
             WorkerFault: it did not start.
         """
-        workdir = _empty_directory() if level < 2 else None
+        absent = walls.absent(level, without)
+        box = None if "cgroup" in absent else _box()
+        box_fds = [box.open()] if box else []
+        workdir = _empty_directory() if "namespaces.mount" in absent else None
         settings = {
-            "is_namespaced": level >= 2,
-            "has_landlock": level >= 1,
-            "has_seccomp": level >= 1,
+            "without": absent,
             "read_only": interpreter.read_only,
             "workdir": workdir or "/tmp",
-            **switches,
+            "box": box_fds[0] if box_fds else None,
         }
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         archive = wire.sealed_file(_archive())
@@ -161,25 +183,31 @@ class Worker:
         try:
             process = subprocess.Popen(  # noqa: ASYNC220 - milliseconds, and a thread would take the zygote with it
                 ["/bin/sh", "-c", _WITH_STACK, "sh", interpreter.path, "-s", "-S", *arguments],
-                pass_fds=(archive, theirs.fileno()),
-                env=_ENVIRONMENT,
+                pass_fds=(archive, theirs.fileno(), *box_fds),
+                env=_environment(absent),
                 cwd="/",
                 stdin=subprocess.DEVNULL,
-                **identity(),  # pyright: ignore[reportArgumentType, reportCallIssue] - user, group, extra_groups
+                **({} if "identity" in absent else identity()),  # pyright: ignore[reportArgumentType, reportCallIssue]
             )
         except (OSError, subprocess.SubprocessError) as error:
             ours.close()
+            if box:
+                box.remove()
             raise WorkerFault(f"the zygote did not start: {error}") from error
         finally:
             theirs.close()
-            os.close(archive)
-        worker = cls(process, _Channel(ours), workdir)
+            for fd in (archive, *box_fds):
+                os.close(fd)
+        worker = cls(process, _Channel(ours), workdir, box)
         try:
+            if box:
+                box.adopt(process.pid)
+                worker._control.send({"op": "start"})
             hello, _ = await worker._control.receive(START_S)
-            if os.getuid() == 0 and 0 in hello["uids"]:
+            if "identity" not in absent and os.getuid() == 0 and 0 in hello["uids"]:
                 raise WorkerFault("the user could not be dropped: setuid had no effect here")
             worker._new_keeper()
-        except WorkerFault as error:
+        except (WorkerFault, OSError) as error:
             await worker.stop()
             raise WorkerFault(f"the zygote did not start: {error}") from error
         except BaseException:
@@ -193,12 +221,23 @@ class Worker:
         Raises:
             WorkerFault: no verdict is possible. Stop this worker.
         """
+        return await (self._send(task) if task.language == "python" else self._builds.run(task))
+
+    async def _send(self, task: Task, stage: Literal["compile", "run"] = "run") -> Record:
         if self._keeper is None or self._runs >= RUNS_PER_KEEPER:
             self._new_keeper()
         keeper = self._keeper
         assert keeper
         self._runs += 1
-        call = {"mode": task.mode, "function": task.function, "has_prelude": task.has_prelude, "seed": task.seed}
+        call = {
+            "mode": task.mode,
+            "function": task.function,
+            "has_prelude": task.has_prelude,
+            "seed": task.seed,
+            "profile": task.profile,
+            "language": task.language,
+            "stage": stage,
+        }
         files: list[int] = []
         try:
             # a lone surrogate is the program's error, not ours
@@ -222,6 +261,8 @@ class Worker:
         self.process.kill()
         with suppress(subprocess.TimeoutExpired):
             await asyncio.to_thread(self.process.wait, STOP_S)
+        if self._box:
+            await asyncio.to_thread(self._box.remove)
         if self._workdir:
             shutil.rmtree(self._workdir, ignore_errors=True)
 
@@ -269,6 +310,18 @@ def _archive() -> bytes:
             archive.writestr(f"sandbox/{name}.py", (here / f"{name}.py").read_bytes())
         archive.writestr("__main__.py", "from sandbox.zygote import main\n\nmain()\n")
     return buffer.getvalue()
+
+
+def _environment(absent: Collection[str]) -> dict[str, str]:
+    inherited = os.environ if "environment" in absent else {}  # noqa: TID251 - never outside of a test
+    return {**inherited, **_ENVIRONMENT}
+
+
+def _box() -> Box:
+    try:
+        return Box(delegated())
+    except OSError as error:
+        raise WorkerFault(f"no control group for the worker: {error}") from error
 
 
 def _empty_directory() -> str:

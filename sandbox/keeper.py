@@ -14,13 +14,15 @@ import shutil
 import signal
 import socket
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from sandbox import child, linux, wire
+from sandbox import cgroup, child, linux, wire
 
 CPU_GRACE_MS = 20  # for faulthandler to print where the program was
+NEVER_S = 1e6
 READY_FD = 4
 MAX_FD = 4096
 _exit = os._exit  # a program may replace os._exit in its own process
@@ -30,12 +32,17 @@ _exit = os._exit  # a program may replace os._exit in its own process
 class Settings:
     """How a worker confines programs."""
 
-    is_namespaced: bool
-    has_landlock: bool
-    has_seccomp: bool
+    without: list[str]
+    """Mechanisms that are off: those of higher levels."""
     read_only: list[str]
     workdir: str
     """Where programs start: the private /tmp of level 2, or an empty directory."""
+    box: int | None
+    """Descriptor of the worker's control group (level 3)."""
+
+    def has(self, mechanism: str) -> bool:
+        """Whether one of ``walls.LEVELS`` is used."""
+        return mechanism not in self.without
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,13 @@ class Room:
     proc: int
     """Descriptor of the outer /proc."""
     pid_namespace: int | None
-    filter: linux.Seccomp
-    """For children in a pid namespace."""
+    filters: Mapping[bool, linux.Seccomp]
+    """For children in a pid namespace; by whether they may fork."""
+
+
+def filters() -> dict[bool, linux.Seccomp]:
+    """Built once: a worker's children share them."""
+    return {may_fork: linux.Seccomp(linux.build_filter(may_fork=may_fork)) for may_fork in (False, True)}
 
 
 class _Clocks(NamedTuple):
@@ -60,14 +72,16 @@ class Keeper:
 
     def __init__(self, room: Room, service: socket.socket) -> None:
         self._room, self._service, self._settings = room, service, room.settings
-        self._landlock: linux.Landlock | None = None
+        self._landlock: dict[bool, linux.Landlock] = {}  # by whether a program may start others
+        self._num_tests = 0
         self._tmp: tuple[str, int] | None = None  # options of the mounted /tmp, and its ctime when it was new
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
-        linux.prctl(linux.PR_SET_DUMPABLE, 0)
-        if self._settings.is_namespaced:
+        if self._settings.has("undumpable"):
+            linux.prctl(linux.PR_SET_DUMPABLE, 0)
+        if self._settings.has("capabilities"):
             linux.drop_bounding_set()
-        else:
+        if self._room.pid_namespace is None and self._settings.has("orphans"):
             linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
 
     def serve(self) -> None:
@@ -83,71 +97,104 @@ class Keeper:
 
     # ------------------------------------------------------------------------------------- one test
     def _run(self, message: dict[str, Any], inputs: list[int]) -> tuple[dict[str, object], list[int]]:
-        limits = message["limits"]
-        self._prepare(limits)
+        limits = self._clocked(message["limits"])
+        may_fork = message["call"].get("language", "python") != "python"
+        self._prepare(limits, may_fork)
+        group = self._group(limits)
         outputs = [os.memfd_create(name, os.MFD_CLOEXEC) for name in ("stdout", "stderr", "result")]
         ready, ready_child = os.pipe()  # the child writes one byte when it is fully confined
+        gate, gate_keeper = os.pipe()  # the child waits until it is in its control group
         started = time.monotonic()
         pid = os.fork()
         if pid == 0:
-            self._become_child(message, inputs, outputs, ready_child)
-        os.close(ready_child)
+            os.close(gate_keeper)
+            self._become_child(message, inputs, outputs, ready_child, gate)
+        if group:
+            group.add(pid)
+        os.write(gate_keeper, b"g")
+        for fd in (ready_child, gate, gate_keeper):
+            os.close(fd)
         pidfd = linux.pidfd_open(pid)
         try:
-            clocks = self._watch(pid, pidfd, limits, started)
+            clocks = self._watch(pid, pidfd, limits, started, group)
         finally:
             os.close(pidfd)
         _, status, usage = os.wait4(pid, 0)
         record: dict[str, object] = {
             "exit": os.waitstatus_to_exitcode(status),  # negative: killed by that signal
             "stopped_by": clocks.stopped_by,  # None, cpu, idle, wall, cancelled
-            "cpu_s": usage.ru_utime + usage.ru_stime,
+            "cpu_s": max(usage.ru_utime + usage.ru_stime, group.cpu_s() if group else 0.0),
             "wall_s": time.monotonic() - started,
             "run_delay_s": clocks.run_delay_s,
-            "max_rss_bytes": usage.ru_maxrss << 10,
+            "max_rss_bytes": (group and group.peak_bytes()) or usage.ru_maxrss << 10,
         }
         if not os.read(ready, 1):  # our fault, not the program's: it never ran
             record["error"] = "setup failed: " + wire.read_from_start(outputs[1], 500).decode("utf-8", "replace")
         os.close(ready)
+        if group:
+            group.close()
         self._clean_up()
         return record, outputs
 
-    def _prepare(self, limits: dict[str, float]) -> None:
+    def _clocked(self, limits: dict[str, float]) -> dict[str, float]:
+        """A clock that is off never stops a program."""
+        never = {f"{name}_s": NEVER_S for name in ("cpu", "idle", "wall") if not self._settings.has(f"clocks.{name}")}
+        return {**limits, **never}
+
+    def _prepare(self, limits: dict[str, float], may_fork: bool) -> None:
         if self._room.pid_namespace is not None:  # a pid namespace per test: its end kills every descendant
             linux.setns(self._room.pid_namespace, linux.CLONE_NEWPID)
             linux.unshare(linux.CLONE_NEWPID)
-            self._mount_tmp(f"size={int(limits['tmp_bytes'])},nr_inodes={int(limits['tmp_files'])},mode=1777")
-        if self._landlock is None and self._settings.has_landlock:
-            self._landlock = self._rules()
+        if self._settings.has("namespaces.mount"):
+            caps = {
+                "tmpfs.size": f"size={int(limits['tmp_bytes'])}",
+                "tmpfs.inodes": f"nr_inodes={int(limits['tmp_files'])}",
+            }
+            self._mount_tmp(",".join([*(text for name, text in caps.items() if self._settings.has(name)), "mode=1777"]))
+        if may_fork not in self._landlock and self._settings.has("landlock") and linux.landlock_abi():
+            self._landlock[may_fork] = self._rules(may_fork)
+
+    def _group(self, limits: dict[str, float]) -> cgroup.Group | None:
+        if self._settings.box is None:
+            return None
+        self._num_tests += 1
+        return cgroup.Group(self._settings.box, f"test-{os.getpid()}-{self._num_tests}", limits)
 
     def _mount_tmp(self, options: str) -> None:
-        """A new /tmp, unless the one that is there is as new: no entry was ever made in it."""
+        """A new /tmp, unless the one that is there is as new: empty, and no entry was ever made in it.
+
+        Its time of change alone does not tell: before Linux 6.13 a clock tick is all that it resolves.
+        """
         if self._tmp:
-            if self._tmp == (options, os.stat("/tmp").st_ctime_ns):
+            is_new = self._tmp == (options, os.stat("/tmp").st_ctime_ns) and not os.listdir("/tmp")
+            if is_new or not self._settings.has("tmpfs.fresh"):
                 return
             linux.umount_detach("/tmp")
-            if self._landlock:  # it names the old /tmp
-                self._landlock.close()
-                self._landlock = None
+            for rules in self._landlock.values():  # they name the old /tmp
+                rules.close()
+            self._landlock.clear()
         linux.mount("tmpfs", "/tmp", "tmpfs", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOATIME, options)
         self._tmp = options, os.stat("/tmp").st_ctime_ns
 
-    def _rules(self) -> linux.Landlock | None:
-        abi = linux.landlock_abi()
-        if not abi:
-            return None
-        rules = linux.Landlock(abi)
-        for path in (*self._settings.read_only, "/dev/null", "/dev/zero", "/dev/urandom"):
+    def _rules(self, may_fork: bool) -> linux.Landlock:
+        rules = linux.Landlock(linux.landlock_abi())
+        trees = [path for path in self._settings.read_only if os.path.exists(path)]
+        for path in (*trees, "/dev/null", "/dev/zero", "/dev/urandom"):
             if os.path.exists(path):
                 rules.allow_read(path)
-        if self._settings.is_namespaced:  # without a tmpfs there is no quota: no writes
-            rules.allow_all("/tmp")
+        if self._settings.has("namespaces.mount"):  # without a tmpfs there is no quota: no writes
+            rules.allow_write("/tmp")
+            trees.append("/tmp")
+        if may_fork:
+            for path in trees:
+                rules.allow_execute(path)
         return rules
 
     def _clean_up(self) -> None:
-        if self._settings.is_namespaced:
+        if self._room.pid_namespace is None and self._settings.has("orphans"):
+            self._kill_orphans()
+        if self._settings.has("namespaces.mount"):
             return
-        self._kill_orphans()
         for name in os.listdir(self._settings.workdir):  # level 0 only: Landlock lets nobody write there
             path = os.path.join(self._settings.workdir, name)
             if os.path.isdir(path) and not os.path.islink(path):
@@ -167,7 +214,9 @@ class Keeper:
                     os.waitpid(pid, 0)
 
     # ---------------------------------------------------------------------------------------- clocks
-    def _watch(self, pid: int, pidfd: int, limits: dict[str, float], started: float) -> _Clocks:
+    def _watch(
+        self, pid: int, pidfd: int, limits: dict[str, float], started: float, group: cgroup.Group | None
+    ) -> _Clocks:
         """Wait for the end of the child or of a budget, and stop the child in the second case."""
         clock, cpu = linux.process_cpu_clock(pid), 0.0
         tasks, delays = "", dict[str, float]()
@@ -183,7 +232,7 @@ class Keeper:
                 return _Clocks(None, sum(delays.values()))
             wall = time.monotonic() - started
             with suppress(OSError):  # it has just ended
-                cpu = time.clock_gettime(clock)
+                cpu = group.cpu_s() if group else time.clock_gettime(clock)
             tasks = tasks or f"{self._outer_pid(pid, pidfd)}/task"
             self._add_run_delays(tasks, delays)
             delay = sum(delays.values())
@@ -215,11 +264,15 @@ class Keeper:
         return pid
 
     # ------------------------------------------------------------------------- in the forked child
-    def _become_child(self, message: dict[str, Any], inputs: list[int], outputs: list[int], ready: int) -> None:
+    def _become_child(
+        self, message: dict[str, Any], inputs: list[int], outputs: list[int], ready: int, gate: int
+    ) -> None:
         """Confine this process, then run the program. Never returns."""
         status = 97
         try:
             linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+            if not os.read(gate, 1):  # the keeper died before the line above
+                return
             # if memory runs out, the kernel takes this process and not the service; raising needs no privilege,
             # but /proc/self belongs to root while the process is undumpable, which it inherits from the keeper
             linux.prctl(linux.PR_SET_DUMPABLE, 1)
@@ -230,15 +283,19 @@ class Keeper:
             call = message["call"]
             if call["mode"] == "functional":
                 call["input"] = wire.read_from_start(data, os.fstat(data).st_size).decode("utf-8", "surrogatepass")
-            if self._landlock:
-                self._landlock.move_up(16)
+            may_fork = call.get("language", "python") != "python"
+            if may_fork and self._settings.has("seccomp") and not self._settings.has("namespaces.mount"):
+                raise RuntimeError(f"{call['language']} starts processes: that needs isolation level 2")
+            if may_fork in self._landlock:
+                self._landlock[may_fork].move_up(16)
             kept = [fcntl.fcntl(fd, fcntl.F_DUPFD, 16) for fd in (data, *outputs, ready)]
             for target, fd in enumerate(kept):  # 0 input, 1 stdout, 2 stderr, 3 result, 4 ready
                 os.dup2(fd, target)
             os.chdir(self._settings.workdir)
-            child.set_limits(message["limits"])
-            self._confine()
-            os.closerange(READY_FD + 1, MAX_FD)
+            child.set_limits(message["limits"], self._settings.without)
+            self._confine(may_fork)
+            if self._settings.has("descriptors"):
+                os.closerange(READY_FD + 1, MAX_FD)
             os.write(READY_FD, b"r")
             os.close(READY_FD)
             status = child.run(source, **call)
@@ -248,15 +305,15 @@ class Keeper:
         finally:
             _exit(status)
 
-    def _confine(self) -> None:
-        if self._settings.is_namespaced:
+    def _confine(self, may_fork: bool) -> None:
+        if self._settings.has("capabilities"):
             linux.drop_capabilities()
-        if self._landlock:
-            self._landlock.enforce()
-        if not self._settings.has_seccomp:
+        if may_fork in self._landlock:
+            self._landlock[may_fork].enforce()
+        if not self._settings.has("seccomp"):
             linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
-        elif self._settings.is_namespaced:
-            self._room.filter.enforce()
+        elif self._room.pid_namespace is not None:
+            self._room.filters[may_fork].enforce()
         else:
             linux.Seccomp(linux.build_filter(os.getpid())).enforce()
 

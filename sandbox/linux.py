@@ -144,9 +144,13 @@ class Landlock:
         """Files below ``path`` may be read, and directories listed."""
         self._allow(path, _READ_FILE | _READ_DIR)
 
-    def allow_all(self, path: str) -> None:
-        """Everything is allowed below ``path``."""
-        self._allow(path, self._files)
+    def allow_write(self, path: str) -> None:
+        """Everything but running a program is allowed below ``path``."""
+        self._allow(path, self._files & ~_EXECUTE)
+
+    def allow_execute(self, path: str) -> None:
+        """Programs below ``path`` may be run."""
+        self._allow(path, _EXECUTE)
 
     def enforce(self) -> None:
         """On this process and its children, for ever."""
@@ -194,6 +198,8 @@ poll ppoll select pselect6 epoll_create epoll_create1 epoll_ctl epoll_wait epoll
 exit exit_group arch_prctl wait4 waitid restart_syscall capget
 recvfrom sendto recvmsg sendmsg shutdown getsockname getpeername getsockopt setsockopt
 """.split()  # noqa: SIM905 - a list of words
+# A linker makes what it writes executable by chmod.
+OF_PROCESSES = "fork vfork execve execveat setsid setpgid chmod fchmod fchmodat".split()  # noqa: SIM905
 IOCTL_ALLOWED = (0x5401, 0x5421, 0x5450, 0x5451, 0x541B)  # TCGETS FIONBIO FIONCLEX FIOCLEX FIONREAD
 PRCTL_ALLOWED = (15, 16, 3, 39, 0x53564D41)  # SET_NAME GET_NAME GET_DUMPABLE GET_NO_NEW_PRIVS SET_VMA
 FCNTL_DENIED = (8, 10, 15, 1024, 1026)  # F_SETOWN F_SETSIG F_SETOWN_EX F_SETLEASE F_NOTIFY
@@ -276,24 +282,20 @@ def _search(spans: Sequence[tuple[int, int, list[bytes]]]) -> list[bytes]:
     return [bpf(BPF_JGE, len(below), 0, spans[middle][0]), *below, *above]
 
 
-def build_filter(own_pid: int | None = None) -> bytes:
+def build_filter(own_pid: int | None = None, *, may_fork: bool = False) -> bytes:
     """The allowlist as classic BPF. A program is exactly one process: threads only.
 
     Args:
         own_pid: the only process that kill and tgkill may name, where no pid namespace bounds them.
+        may_fork: processes and programs too, for compilers and what they make. Only on a file system of its own.
     """
     rules = _Rules()
-    rules.allow(ALLOWED)
+    rules.allow([*ALLOWED, *OF_PROCESSES] if may_fork else ALLOWED)
     rules.on("clone3", [bpf_return(RET_ERRNO | errno.ENOSYS)])  # glibc falls back to clone, whose flags BPF can read
-    threads_only = [
-        bpf_argument(0),
-        bpf(BPF_JSET, 0, 1, NEW_NAMESPACE_MASK),
-        bpf_return(DENY),
-        bpf(BPF_JSET, 0, 1, CLONE_THREAD),
-        bpf_return(RET_ALLOW),
-        bpf_return(RET_ERRNO | errno.EAGAIN),  # what a program expects of a full process table
-    ]
-    rules.on("clone", threads_only)
+    full = bpf_return(RET_ERRNO | errno.EAGAIN)  # what a program expects of a full process table
+    clone = [bpf_argument(0), bpf(BPF_JSET, 0, 1, NEW_NAMESPACE_MASK), bpf_return(DENY)]
+    threads = [bpf(BPF_JSET, 0, 1, CLONE_THREAD), bpf_return(RET_ALLOW), full]
+    rules.on("clone", [*clone, bpf_return(RET_ALLOW)] if may_fork else [*clone, *threads])
     if own_pid is None:
         rules.allow(["kill", "tgkill", "tkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo"])
     else:

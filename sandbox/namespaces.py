@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterable
+import socket
+from collections.abc import Container, Iterable
 from contextlib import suppress
 
 from sandbox import linux
@@ -12,39 +13,48 @@ from sandbox import linux
 DEVICES = ("null", "zero", "full", "random", "urandom")
 INNER_ID = 1000
 NEW_ROOT = "/mnt"  # exists everywhere; only this process sees what is mounted there
-ALL = (
-    linux.CLONE_NEWUSER
-    | linux.CLONE_NEWNS
-    | linux.CLONE_NEWNET
-    | linux.CLONE_NEWIPC
-    | linux.CLONE_NEWUTS
-    | linux.CLONE_NEWPID
-)
+HOST_NAME = "sandbox"
+FLAGS = {
+    "namespaces.user": linux.CLONE_NEWUSER,
+    "namespaces.mount": linux.CLONE_NEWNS,
+    "namespaces.net": linux.CLONE_NEWNET,
+    "namespaces.ipc": linux.CLONE_NEWIPC,
+    "namespaces.uts": linux.CLONE_NEWUTS,
+    "namespaces.pid": linux.CLONE_NEWPID,
+}
 
 
-def enter(read_only: Iterable[str], proc: int) -> int:
+def enter(read_only: Iterable[str], proc: int, without: Container[str]) -> int | None:
     """Become pid 1 of new namespaces on a root of its own. Returns in the inner process.
 
     Args:
         read_only: trees of the host that are visible in the new root.
         proc: descriptor of the /proc that was there before.
+        without: mechanisms that are off (``walls.LEVELS``).
 
     Returns:
         A descriptor of the inner process's pid namespace. Unprivileged setns to the initial one is refused, to this
         one it is not: that is how a keeper leaves the namespace of one test for the next.
     """
     uid, gid = os.getuid(), os.getgid()  # after unshare both read as the overflow id
-    linux.unshare(ALL)
+    linux.unshare(sum(flag for name, flag in FLAGS.items() if name not in without))
     write_id_maps(uid, gid)
+    if "namespaces.uts" not in without:
+        socket.sethostname(HOST_NAME)  # the new namespace starts with the host's
+    namespace = None if "namespaces.pid" in without else _become_first(proc)
+    if "namespaces.mount" not in without:
+        build_root(NEW_ROOT, read_only)
+    return namespace
+
+
+def _become_first(proc: int) -> int:
     pid = os.fork()
     if pid:  # the launcher mirrors the exit status of the inner process
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.closerange(3, 4096)
         os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) & 255)
     linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
-    namespace = os.open("self/ns/pid", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
-    build_root(NEW_ROOT, read_only)
-    return namespace
+    return os.open("self/ns/pid", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
 
 
 def write_id_maps(uid: int, gid: int) -> None:

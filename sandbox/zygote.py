@@ -29,6 +29,8 @@ def main() -> None:
     """Serve until the control socket closes. Arguments: descriptor of the control socket, settings as JSON."""
     control = socket.socket(fileno=int(sys.argv[1]))
     settings = keeper.Settings(**json.loads(sys.argv[2]))
+    if settings.box is not None:
+        wire.receive(control)  # sent when this process is in its control group
     del sys.path[0]  # the archive of these modules
     for name in PRELOAD:
         with suppress(ImportError):
@@ -39,12 +41,13 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers are reaped by the kernel
     proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # the new root has none
     uids = os.getresuid()
-    pid_namespace = namespaces.enter(settings.read_only, proc) if settings.is_namespaced else None
-    os.environ.clear()  # noqa: TID251 - what programs see
+    pid_namespace = None
+    if settings.has("namespaces.user"):
+        pid_namespace = namespaces.enter(settings.read_only, proc, settings.without)
+    if settings.has("environment"):
+        os.environ.clear()  # noqa: TID251 - what programs see
     os.environ.update(CHILD_ENVIRONMENT, HOME=settings.workdir)  # noqa: TID251
-    room = keeper.Room(
-        settings=settings, proc=proc, pid_namespace=pid_namespace, filter=linux.Seccomp(linux.build_filter())
-    )
+    room = keeper.Room(settings=settings, proc=proc, pid_namespace=pid_namespace, filters=keeper.filters())
     gc.collect()
     gc.freeze()  # keep the shared pages shared
     gc.disable()
