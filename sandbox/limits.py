@@ -1,4 +1,4 @@
-"""Limits of one test: names, defaults, ceilings."""
+"""Limits of one test: names, defaults, floors and ceilings."""
 
 from __future__ import annotations
 
@@ -24,9 +24,30 @@ CEILINGS: Mapping[str, float] = {
     "tmp_bytes": 256 << 20,
     "tmp_files": 65536,
 }
+FLOORS: Mapping[str, float] = {
+    "cpu_s": 0.05,  # below it the clock can stop a program before it has begun, and that is a fault of the sandbox
+    "idle_s": 0.1,
+    "wall_s": 0.1,
+    "memory_bytes": 16 << 20,
+    "pids": 1,
+    "output_bytes": 1,
+    "tmp_bytes": 4096,
+    "tmp_files": 1,
+}
 
 
-def complete(given: Mapping[str, float]) -> dict[str, float]:
-    """Every limit. Idle and wall time follow the CPU time unless they are given."""
-    cpu = given.get("cpu_s", DEFAULTS["cpu_s"])
-    return {**DEFAULTS, "idle_s": 2 * cpu, "wall_s": 10 * cpu + 10, **given}
+def complete(given: Mapping[str, float], ceilings: Mapping[str, float] = CEILINGS) -> dict[str, float]:
+    """Every limit. Idle and wall time follow the CPU time unless they are given; no default is above its ceiling."""
+    defaults = {name: min(value, ceilings[name]) for name, value in following(DEFAULTS, given).items()}
+    return {**defaults, **given}
+
+
+def following(base: Mapping[str, float], given: Mapping[str, float]) -> dict[str, float]:
+    """``base`` with what is given; idle and wall time follow the CPU time unless they are given."""
+    cpu = given.get("cpu_s", base["cpu_s"])
+    return {**base, "idle_s": 2 * cpu, "wall_s": 10 * cpu + 10, **given}
+
+
+def is_whole(name: str) -> bool:
+    """Whether a limit counts something: 0.5 of it would be 0, and 0 is no limit for a file system."""
+    return not name.endswith("_s")
