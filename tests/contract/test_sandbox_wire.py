@@ -14,7 +14,7 @@ import pytest
 from megatron_distil.errors import DistilError, SandboxRefused, SandboxUnavailable
 from megatron_distil.feedback import wire
 from megatron_distil.types import Case, CaseResult, Program, RunResult, Verdict
-from sandbox import judge, limits, probe, request, service
+from sandbox import judge, limits, probe, request, service, store
 from sandbox.executor import Task, WorkerFault
 from sandbox.interpreter import Interpreter
 
@@ -210,6 +210,30 @@ BAD = [
     ("limits.cpu_s", {"limits": {"cpu_s": float("nan")}}),
     ("stop_after", {"stop_after": "1"}),
     ("prelude", {"prelude": 1}),
+    ("limits.cpu_s", {"limits": {"cpu_s": float("inf")}}),
+    ("limits.cpu_s", {"limits": {"cpu_s": 10**400}}),
+    ("limits.cpu_s", {"limits": {"cpu_s": 0.001}}),
+    ("limits.tmp_files", {"limits": {"tmp_files": 0.5}}),
+    ("limits.tmp_bytes", {"limits": {"tmp_bytes": -1}}),
+    ("tests[0].ouput", {"tests": [{"input": "", "ouput": "1"}]}),
+    ("tests_ref", {"tests_ref": "0" * 64}),
+    ("stop_after", {"stop_after": 0}),
+    ("language", {"language": "cobol"}),
+    ("language", {"language": ["python"]}),
+    ("profile", {"profile": "mine"}),
+    ("profile", {"profile": {}}),
+    ("feedback", {"feedback": []}),
+    ("feedback.max_chars", {"feedback": {"max_chars": 0}}),
+    ("feedback.max_chars", {"feedback": {"max_chars": 10**9}}),
+    ("feedback.colour", {"feedback": {"colour": 1}}),
+    ("feedback.profile", {"feedback": {"profile": "mine"}}),
+    ("deadline_s", {"deadline_s": 0}),
+    ("deadline_s", {"deadline_s": float("nan")}),
+    ("deadline_s", {"deadline_s": 10**400}),
+    ("deadline_s", {"deadline_s": True}),
+    ("cancel_on_disconnect", {"cancel_on_disconnect": 1}),
+    ("mode", {"mode": [[]]}),
+    ("id", {"id": "x" * 201}),
     ("id", {"id": [1]}),
     ("id", {"id": ""}),
 ]
@@ -235,10 +259,14 @@ def test_everything_that_decides_the_answer_is_in_the_digest() -> None:
         {"prelude": False},
         {"mode": "functional", "fn": "f"},
         {"mode": "functional", "fn": "g"},
+        {"profile": "lcb"},
+        {"feedback": {"max_chars": 100}},
+        {"feedback": {"profile": "sdpo"}},
     ]
     digests = [request.parse({**plain, **other}).digest for other in ({}, *others)]
     assert len(set(digests)) == len(digests)
-    assert request.parse({**plain, "id": "a"}).digest == request.parse({**plain, "id": "b"}).digest
+    for same in ({"id": "b"}, {"deadline_s": 3}, {"cancel_on_disconnect": True}, {"profile": "native"}, {"limits": {}}):
+        assert request.parse({**plain, **same}).digest == digests[0]
 
 
 def test_every_verdict_of_the_judge_is_known_to_the_trainer() -> None:
@@ -254,7 +282,7 @@ def test_every_limit_has_a_ceiling() -> None:
 
 
 def test_an_answer_is_forgotten_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "CACHE_ENTRIES", 2)
+    monkeypatch.setattr(service, "Answers", lambda: store.Answers(max_entries=2))
 
     async def ask() -> list[bool]:
         good = record_of(golden("reply")["tests"][0])
