@@ -2,35 +2,61 @@
 
     python -m sandbox.server [--port 8080]
 
-POST /v1/run runs one program on its tests and judges it. GET /healthz: the event loop turns. GET /readyz: a program
-passed through a worker just now; reports the isolation level. GET /metrics: Prometheus text. SIGTERM drains.
+Probes what this machine can do, sees that the walls stand, checks that the memory suffices, then listens. ``openapi.json``
+describes the routes. SIGTERM drains.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import hmac
-import json
+import hashlib
+import math
 import os
 import signal
+import socket
 import stat
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from aiohttp import web
 
-from sandbox import interpreter, linux, probe, self_check
+from sandbox import interpreter, languages, limits, linux, memory, probe, self_check
 from sandbox.executor import WorkerFault
-from sandbox.request import PROTOCOL, BadRequest, parse
-from sandbox.service import Busy, Draining, IdReused, Isolation, Service
+from sandbox.interpreter import Interpreter
+from sandbox.registration import Registration
+from sandbox.request import MAX_TESTS, Rules
+from sandbox.routes import Access, Routes
+from sandbox.service import Isolation, Service
+from sandbox.silence import Silence
+from sandbox.store import TestSets
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-RETRY_AFTER_S = 0.2
+ANY_ADDRESS = ("0.0.0.0", "::")
 BACKLOG = 2048
+KEEP_ALIVE_S = 75.0
+READY_PAUSE_S = 0.2
+CLEANUP_S = 5.0
+"""For the last answers to reach their clients."""
 EXIT_REFUSED = 2
+
+
+class _Refused(Exception):
+    """The service must not start like this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """What was found and decided before the service listens."""
+
+    isolation: Isolation
+    python: Interpreter
+    rules: Rules
+    access: Access
+    facts: dict[str, object]
 
 
 def main() -> None:
@@ -39,19 +65,13 @@ def main() -> None:
     if options.die_with_parent:
         _die_with_parent()
     try:
-        isolation, python = _choose(options)
-        token = _token(options)
-        asyncio.run(_serve(options, isolation, python, token))
-    except (_Refused, interpreter.NoInterpreter, WorkerFault) as error:
+        asyncio.run(_serve(options, _prepare(options)))
+    except (_Refused, memory.DoesNotFit, interpreter.NoInterpreter, WorkerFault) as error:
         print(f"sandbox: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_REFUSED)
     except OSError as error:
         print(f"sandbox: cannot listen on {options.host}:{options.port}: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
-
-
-class _Refused(Exception):
-    """The service must not start like this."""
 
 
 def _options() -> argparse.Namespace:
@@ -72,15 +92,34 @@ def _options() -> argparse.Namespace:
     add("--level", type=int, choices=range(probe.HIGHEST + 1), help="isolation level to use; the best if not given")
     add("--python", metavar="PATH", help="Python that runs programs; found by itself if not given")
     add("--token-file", type=Path, help="file (mode 0600) with the bearer token that requests must carry")
-    add("--max-body-bytes", type=int, default=64 << 20)
+    add("--registry", type=Path, metavar="DIR", help="folder to keep a record of this service in, for clients")
+    add("--name", help="of the record; host and port if not given")
+    add("--image", default="", help="digest of the container image, repeated in the capabilities")
     add("--drain-s", type=float, default=30.0, help="how long accepted work may take after SIGTERM")
+    add("--read-s", type=float, default=60.0, help="how long a request may take to arrive")
     add("--die-with-parent", action="store_true", help="end when the process that started this one ends")
+    add("--max-body-bytes", type=int, default=64 << 20, help="of a request, a line of a batch, a set of tests")
+    add(
+        "--max-stored-bytes", type=int, default=512 << 20, help="of uploaded tests; the least recently used are dropped"
+    )
+    add("--max-tests", type=int, default=MAX_TESTS, help="in one request")
+    add("--memory-bytes", type=int, help="what all workers may use; the cgroup's or the machine's if not given")
+    for name, ceiling in limits.CEILINGS.items():
+        kind = int if limits.is_whole(name) else float
+        text = f"ceiling of limits.{name}; {ceiling:g} if not given, less if the memory does not suffice"
+        add(_option(name), type=kind, help=text)
     options = parser.parse_args()
-    for name, least in (("workers", 1), ("queue", 1), ("port", 0), ("max_body_bytes", 1), ("drain_s", 0)):
+    least = {"workers": 1, "queue": 1, "port": 0, "drain_s": 0, "read_s": 0.1, "max_body_bytes": 1, "max_tests": 1}
+    least |= {"max_stored_bytes": 1, "memory_bytes": 1, **{f"max_{name}": low for name, low in limits.FLOORS.items()}}
+    for name, low in least.items():
         value = getattr(options, name)
-        if value < least:
-            parser.error(f"--{name.replace('_', '-')}: {value} is below {least}")
+        if value is not None and not low <= value < math.inf:
+            parser.error(f"--{name.replace('_', '-')}: {value} is not a number from {low:.12g} on")
     return options
+
+
+def _option(limit: str) -> str:
+    return f"--max-{limit.replace('_', '-')}"
 
 
 def _die_with_parent() -> None:
@@ -90,9 +129,54 @@ def _die_with_parent() -> None:
         sys.exit(EXIT_REFUSED)
 
 
-def _choose(options: argparse.Namespace) -> tuple[Isolation, interpreter.Interpreter]:
+def _prepare(options: argparse.Namespace) -> _Start:
+    token = _token(options)
+    found = memory.available()
+    if options.memory_bytes:
+        found = memory.Memory(options.memory_bytes, "--memory-bytes")
+    given = {name: getattr(options, f"max_{name}") for name in limits.CEILINGS}
+    ceilings = memory.ceilings(
+        {name: value for name, value in given.items() if value is not None},
+        workers=options.workers,
+        stored_bytes=options.max_stored_bytes,
+        memory=found,
+    )
+    probed = probe.probe()
+    isolation, python = _choose(options, probed)
+    versions = {"python": python.version, "code": _code_digest(), **({"image": options.image} if options.image else {})}
+    return _Start(
+        isolation=isolation,
+        python=python,
+        rules=Rules(ceilings=ceilings, max_tests=options.max_tests, languages=_languages(isolation.level, ceilings)),
+        access=Access(token=token, max_body_bytes=options.max_body_bytes, read_s=options.read_s),
+        facts={"versions": versions, "memory": found._asdict(), "probe": {**asdict(probed), "facts": _facts(probed)}},
+    )
+
+
+def _languages(level: int, ceilings: Mapping[str, float]) -> dict[str, str]:
+    """Name -> why not; a compiler needs room too."""
+    found = languages.available(level)
+    if memory.need(languages.COMPILE_LIMITS) > memory.need(ceilings):
+        for name, language in languages.LANGUAGES.items():
+            if language.compile:
+                found[name] = found[name] or "its compiler needs more memory than a worker has"
+    return found
+
+
+def _facts(probed: probe.Probe) -> dict[str, object]:
+    return {name: {"works": fact.works, "detail": fact.detail} for name, fact in probed.facts.items()}
+
+
+def _code_digest() -> str:
+    """Of all our modules: two services that differ in it may judge differently."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _choose(options: argparse.Namespace, found: probe.Probe) -> tuple[Isolation, Interpreter]:
     """The level that is used: reachable, enough, and seen to hold."""
-    found = probe.probe()
     wanted = found.level if options.level is None else options.level
     if wanted > found.level:
         raise _Refused(found.shortfall(wanted))
@@ -126,102 +210,68 @@ def _token(options: argparse.Namespace) -> bytes:
     return token
 
 
-async def _serve(
-    options: argparse.Namespace, isolation: Isolation, python: interpreter.Interpreter, token: bytes
-) -> None:
-    service = Service(isolation, python, workers=options.workers, queue=options.queue)
+async def _serve(options: argparse.Namespace, start: _Start) -> None:
+    service = Service(start.isolation, start.python, workers=options.workers, queue=options.queue)
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
     await service.start()
-    runner = web.AppRunner(_application(service, token, options.max_body_bytes), access_log=None)
+    silence = Silence(options.read_s)
+    routes = Routes(service, start.rules, TestSets(options.max_stored_bytes), start.access, start.facts)
+    runner = web.AppRunner(routes.application(silence.note), access_log=None, keepalive_timeout=KEEP_ALIVE_S)
     try:
         await runner.setup()
         await web.TCPSite(runner, options.host, options.port, backlog=BACKLOG).start()
         port = runner.addresses[0][1]
+        level = start.isolation
         print(
-            f"sandbox: level {isolation.level} ({isolation.name}), {options.workers} workers, Python {python.version}, "
+            f"sandbox: level {level.level} ({level.name}), {options.workers} workers, Python {start.python.version}, "
             f"http://{options.host}:{port}",
             flush=True,
         )
-        await stop.wait()
+        assert runner.server
+        async with _background(silence.watch(runner.server)), _registered(options, start, service, port):
+            await stop.wait()
     finally:
         await service.drain(options.drain_s if stop.is_set() else 0.0)
-        await runner.cleanup()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLEANUP_S):
+                await runner.cleanup()
 
 
-def _application(service: Service, token: bytes, max_body_bytes: int) -> web.Application:
-    async def run(http: web.Request) -> web.Response:
-        try:
-            body = json.loads(await http.read())
-        except (ValueError, RecursionError):
-            return _problem(400, "bad_request", "body: not JSON")
-        try:
-            return web.json_response(await service.submit(parse(body)))
-        except BadRequest as error:
-            return _problem(400, "bad_request", str(error))
-        except IdReused as error:
-            return _problem(409, "id_reused", str(error))
-        except Busy as error:
-            return _problem(429, "busy", str(error), retry_after_s=RETRY_AFTER_S)
-        except Draining as error:
-            return _problem(503, "draining", str(error))
-
-    async def healthz(_: web.Request) -> web.Response:
-        return web.Response(text="ok\n")
-
-    async def readyz(_: web.Request) -> web.Response:
-        is_ready = await service.is_ready()
-        level = service.isolation
-        isolation = {"level": level.level, "name": level.name, "missing": dict(level.missing)}
-        body = {"protocol": PROTOCOL, "ready": is_ready, "isolation": isolation}
-        return web.json_response(body, status=200 if is_ready else 503)
-
-    async def metrics(_: web.Request) -> web.Response:
-        return web.Response(text=service.metrics())
-
-    app = web.Application(client_max_size=max_body_bytes, middlewares=[_errors, _authorized(token)])
-    app.add_routes(
-        [
-            web.post("/v1/run", run),
-            web.get("/healthz", healthz),
-            web.get("/readyz", readyz),
-            web.get("/metrics", metrics),
-        ]
-    )
-    return app
-
-
-_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-@web.middleware
-async def _errors(request: web.Request, handler: _Handler) -> web.StreamResponse:
-    """The errors of the framework, in our form."""
+@asynccontextmanager
+async def _background(*works: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    tasks = [asyncio.create_task(work) for work in works]
     try:
-        return await handler(request)
-    except web.HTTPRequestEntityTooLarge as error:
-        return _problem(413, "too_large", error.text or "body: too large")
-    except web.HTTPException as error:
-        code = {404: "no_such_route", 405: "no_such_route"}.get(error.status, "bad_request")
-        return _problem(error.status, code, f"{request.method} {request.path}: {error.reason}")
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _authorized(token: bytes) -> Any:
-    @web.middleware
-    async def check(http: web.Request, handler: _Handler) -> web.StreamResponse:
-        given = http.headers.get("Authorization", "").encode()
-        if token and http.path.startswith("/v1/") and not hmac.compare_digest(given, b"Bearer " + token):
-            return _problem(401, "unauthorized", "Authorization: Bearer TOKEN is required")
-        return await handler(http)
+@asynccontextmanager
+async def _registered(options: argparse.Namespace, start: _Start, service: Service, port: int) -> AsyncIterator[None]:
+    """A record in the registry, if there is one: ready as soon as a program passed through, gone before the drain."""
+    if options.registry is None:
+        yield
+        return
+    host = socket.gethostname() if options.host in ANY_ADDRESS else options.host
+    info = {"level": start.isolation.level, "workers": options.workers, "python": start.python.version}
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    registration = Registration(options.registry, options.name or f"{host}-{port}", url, info)
+    registration.write("starting")
+    try:
+        async with _background(_announce(registration, service)):
+            yield
+    finally:
+        registration.remove()
 
-    return check
 
-
-def _problem(status: int, code: str, message: str, **more: object) -> web.Response:
-    headers = {"Retry-After": "1"} if status in (429, 503) else None
-    body = {"protocol": PROTOCOL, "error": {"code": code, "message": message, **more}}
-    return web.json_response(body, status=status, headers=headers)
+async def _announce(registration: Registration, service: Service) -> None:
+    while not await service.is_ready():  # noqa: ASYNC110 - asking is what finds it out
+        await asyncio.sleep(READY_PAUSE_S)
+    await registration.beat()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import urllib.request
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
+from tests import sandbox_openapi
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 START_S, STOP_S = 60.0, 30.0
 T = TypeVar("T")
@@ -51,11 +53,28 @@ class Service:
         self.url = line.split()[-1]
 
     def get(self, path: str) -> Answer:
-        return _ask(urllib.request.Request(self.url + path), 60)
+        return self.ask("GET", path, timeout=60)
 
     def post(self, body: object, timeout: float = 120, path: str = "/v1/run") -> Answer:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return _ask(urllib.request.Request(self.url + path, data), timeout)
+        return self.ask("POST", path, body if isinstance(body, bytes) else json.dumps(body).encode(), timeout=timeout)
+
+    def batch(self, *lines: object) -> list[Any]:
+        """The answers, in order of completion."""
+        data = b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines)
+        body = self.ask("POST", "/v1/batch", data).body
+        said = [json.loads(line) for line in body.splitlines()] if isinstance(body, str) else [body]
+        for line in said:
+            sandbox_openapi.check_schema("BatchLine", line)
+        return said
+
+    def ask(
+        self, method: str, path: str, data: bytes | None = None, *, timeout: float = 120, token: str = ""
+    ) -> Answer:
+        """An answer that is as ``openapi.json`` says."""
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        answer = _ask(urllib.request.Request(self.url + path, data, headers, method=method), timeout)
+        sandbox_openapi.check(method, path, answer.status, answer.body)
+        return answer
 
     def count(self, name: str) -> float:
         """A line of /metrics; 0 if there is none."""
@@ -90,7 +109,7 @@ def _ask(request: urllib.request.Request, timeout: float) -> Answer:
             status, data = error.code, error.read()
     try:
         return Answer(status, json.loads(data))
-    except ValueError:
+    except ValueError:  # text, or many lines of JSON
         return Answer(status, data.decode())
 
 
