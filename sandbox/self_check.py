@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,14 +34,16 @@ class Finding(NamedTuple):
     ok: bool
 
 
-async def findings(level: int, python: interpreter.Interpreter, behaviours: Sequence[Behaviour]) -> list[Finding]:
-    """Every behaviour, seen at this level.
+async def findings(
+    level: int, python: interpreter.Interpreter, behaviours: Sequence[Behaviour], *, without: Collection[str] = ()
+) -> list[Finding]:
+    """Every behaviour, seen at this level; ``without`` as for ``Worker.start``.
 
     Raises:
         WorkerFault: no worker starts, or it breaks.
     """
     found: list[Finding] = []
-    async with await Worker.start(level, python) as worker:
+    async with await Worker.start(level, python, without=without) as worker:
         for behaviour in behaviours:
             if behaviour.level <= level:
                 found.append(await _see(worker, behaviour))
