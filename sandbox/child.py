@@ -20,9 +20,9 @@ import traceback
 import types
 from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
-from sandbox import profiles
+from sandbox import foreign, profiles
 
 FILENAME = "solution.py"
 RESULT_FD = 3
@@ -80,7 +80,7 @@ def set_limits(limits: Mapping[str, float], without: Container[str] = ()) -> Non
     """Kernel back-stops. The keeper's clocks are the real CPU limit; RLIMIT_CPU counts whole seconds."""
     cpu = int(limits["cpu_s"]) + 1
     most = {
-        "as": int(limits["memory_bytes"]),
+        "data" if "data_bytes" in limits else "as": int(limits["memory_bytes"]),
         "fsize": int(limits["output_bytes"]),
         "nofile": 64,
         "core": 0,
@@ -103,50 +103,40 @@ def _limit(which: int, soft: int, hard: int | None = None) -> None:
     resource.setrlimit(which, (soft, hard))
 
 
-def run(
-    code: str,
-    *,
-    mode: str,
-    function: str,
-    has_prelude: bool,
-    seed: int,
-    input: str = "",
-    profile: str = "native",
-    language: str = "python",
-) -> int:
+class Call(NamedTuple):
+    """What the service asks for, next to the source."""
+
+    mode: str
+    function: str
+    has_prelude: bool
+    seed: int
+    input: str = ""
+    """Of a function; a program reads descriptor 0."""
+    profile: str = "native"
+    language: str = "python"
+    stage: str = "run"
+    """``compile``: the result is the program; then ``run`` gets it in place of the source."""
+
+
+def run(code: str, **asked: Any) -> int:
     """Execute one test; leaves its result on RESULT_FD and returns the exit status."""
+    call = Call(**asked)
+    if call.language != "python":
+        return _run_foreign(code, call)
     result: dict[str, Any] = {}
     status = 0
     try:
-        module = _prepare(code, mode, seed)
-        if has_prelude or profile == "lcb":
-            streams = {"stdin": sys.stdin, "stdout": sys.stdout, "stderr": sys.stderr}  # sys's own names, as of now
-            module.__dict__.update(PRELUDE, **streams)
-            sys.setrecursionlimit(PRELUDE_RECURSION)
-        if profile == "lcb" and mode == "stdin":
-            profiles.run_lcb(module, lambda: _compiled(result, profiles.lcb_program, code, FILENAME))
-            result["exit"] = 0
-        else:
-            if profile == "sdpo":
-                module.__dict__["debug_print"] = profiles.debug_print
-            compiler = _COMPILERS[profile] if mode == "functional" else _program
-            exec(_compiled(result, compiler, code, FILENAME), module.__dict__)
-            if mode == "functional":
-                called, arguments = _CALLS[profile](code, module, function, input)
-                value = called(*arguments)
-                if profile == "lcb":
-                    profiles.refuse_arrays(value)
-                result["value"] = encode(value)
+        _execute(code, call, result)
     except SystemExit as error:
         status = _exit_status(error.code)
         result["exit"] = status
     except BaseException as error:  # noqa: BLE001 - whatever the program raised is its result
         status = 1
         _report(error, result)
-    if profile != "lcb":  # which does not wait for them
+    if call.profile != "lcb":  # which does not wait for them
         _quietly(threading._shutdown)  # pyright: ignore[reportAttributeAccessIssue] - private
         # join non-daemon threads, on the program's own clock
-        if mode == "stdin":
+        if call.mode == "stdin":
             _quietly(atexit._run_exitfuncs)
     _quietly(lambda: sys.stdout.flush())
     _quietly(lambda: sys.stderr.flush())
@@ -154,16 +144,46 @@ def run(
     return status
 
 
+def _execute(code: str, call: Call, result: dict[str, Any]) -> None:
+    module = _prepare(code, call.mode, call.seed)
+    if call.has_prelude or call.profile == "lcb":
+        streams = {"stdin": sys.stdin, "stdout": sys.stdout, "stderr": sys.stderr}  # sys's own names, as of now
+        module.__dict__.update(PRELUDE, **streams)
+        sys.setrecursionlimit(PRELUDE_RECURSION)
+    if call.profile == "sdpo":
+        module.__dict__["debug_print"] = profiles.debug_print
+    if call.profile == "lcb" and call.mode == "stdin":
+        profiles.run_lcb(module, lambda: _compiled(result, profiles.lcb_program, code))
+        result["exit"] = 0
+        return
+    compiler = _COMPILERS[call.profile] if call.mode == "functional" else _program
+    exec(_compiled(result, compiler, code), module.__dict__)
+    if call.mode == "functional":
+        called, arguments = _CALLS[call.profile](code, module, call.function, call.input)
+        value = called(*arguments)
+        if call.profile == "lcb":
+            profiles.refuse_arrays(value)
+        result["value"] = encode(value)
+
+
+def _run_foreign(code: str, call: Call) -> int:
+    try:
+        if call.stage == "compile":
+            return foreign.compile_program(call.language, code, _write_result)
+        foreign.execute(call.language, code, RESULT_FD)
+    except OSError as error:
+        _write_result(json.dumps({"fault": f"{call.language}: {error}"}).encode())
+    return 1
+
+
 def _program(code: str, filename: str) -> types.CodeType:
     return compile(code, filename, "exec", dont_inherit=True)
 
 
-def _compiled(
-    result: dict[str, Any], compiler: Callable[[str, str], types.CodeType], code: str, filename: str
-) -> types.CodeType:
+def _compiled(result: dict[str, Any], compiler: Callable[[str, str], types.CodeType], code: str) -> types.CodeType:
     """What is raised here is an error of compilation."""
     try:
-        return compiler(code, filename)
+        return compiler(code, FILENAME)
     except BaseException:
         result["phase"] = "compile"
         raise
@@ -230,6 +250,10 @@ def _emit(result: Mapping[str, Any]) -> None:
         data = _dumps(result).encode("utf-8", "surrogatepass")
     except BaseException as error:  # noqa: BLE001 - the program may have left anything in it
         data = _dumps({"exception": "ResultError", "message": repr(error)[:200], "frames": []}).encode()
+    _write_result(data)
+
+
+def _write_result(data: bytes) -> None:
     while data:
         data = data[_write(RESULT_FD, data) :]
 

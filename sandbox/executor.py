@@ -221,7 +221,12 @@ class Worker:
         Raises:
             WorkerFault: no verdict is possible. Stop this worker.
         """
-        return await (self._send(task) if task.language == "python" else self._builds.run(task))
+        if task.language == "python":
+            return await self._send(task)
+        record = await self._builds.run(task)
+        if record.result.startswith(b'{"fault"'):  # the program never ran, so that nobody else wrote there
+            raise WorkerFault(record.result.decode("utf-8", "replace"))
+        return record
 
     async def _send(self, task: Task, stage: Literal["compile", "run"] = "run") -> Record:
         if self._keeper is None or self._runs >= RUNS_PER_KEEPER:

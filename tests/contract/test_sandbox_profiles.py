@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from sandbox import feedback, interpreter, judge, limits, probe
+from sandbox import interpreter, judge, limits, probe
 from sandbox.executor import Task, Worker
 
 FOLDER = Path(__file__).parent / "sandbox"
