@@ -58,13 +58,13 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: with all problems of the first pass that finds any.
     """
     table = read_recipe(recipe)
-    read = [_assignment(override) for override in overrides]
+    read = [read_assignment(override) for override in overrides]
     assignments = [one for one in read if isinstance(one, Assignment)]
     problems = [one for one in read if isinstance(one, Problem)]
     table = _with_preset(table, _last(assignments, "preset"), problems)
     if "objective" in table:
         table["objective"] = _fitting(table["objective"], _last(assignments, "objective.name"))
-    problems += [problem for one in assignments if (problem := _assign(table, one)) is not None]
+    problems += [problem for one in assignments if (problem := assign(table, one)) is not None]
     return config_from_table(table, problems)
 
 
@@ -116,7 +116,8 @@ def _recipe_path(recipe: str | Path) -> Path:
     raise ConfigError([Problem("recipe", str(recipe), "no such file, and no recipe of that name", hint)])
 
 
-def _assignment(override: str) -> Assignment | Problem:
+def read_assignment(override: str) -> Assignment | Problem:
+    """What ``path=value`` says, or what is wrong with it."""
     path, equals, text = override.partition("=")
     path = path.strip()
     if not equals or not all(path.split(".")):
@@ -125,7 +126,8 @@ def _assignment(override: str) -> Assignment | Problem:
     return value._replace(path=path) if isinstance(value, Problem) else Assignment(path, value)
 
 
-def _assign(table: dict[str, Any], assignment: Assignment) -> Problem | None:
+def assign(table: dict[str, Any], assignment: Assignment) -> Problem | None:
+    """Put an override into nested tables. Returns what is wrong with it, if something is."""
     path, value = assignment
     keys = path.split(".")
     for depth, key in enumerate(keys[:-1], start=1):
@@ -311,6 +313,20 @@ def _did_you_mean(path: str, settings: Mapping[str, FieldInfo]) -> str:
 def to_json(config: Config) -> str:
     """The complete tree, for the run directory and for checkpoints."""
     return config.model_dump_json(indent=2) + "\n"
+
+
+def to_toml(config: Config) -> str:
+    """The complete tree as a recipe, one setting in a line; each line is an override as well."""
+    return "".join(f"{path} = {toml_value(value)}\n" for path, value in flat(config).items())
+
+
+def toml_value(value: object) -> str:
+    """A value as TOML writes it."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(toml_value(entry) for entry in value)}]"
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{key} = {toml_value(entry)}' for key, entry in value.items())} }}"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (str, bool)) else repr(value)
 
 
 def config_from_json(text: str) -> Config:
