@@ -205,7 +205,7 @@ def test_the_local_cluster_stays_on_this_machine():
 
 def test_everything_that_is_wrong_with_a_cluster_file_is_said_at_once(tmp_path):
     file = tmp_path / "c.toml"
-    file.write_text('nam = "x"\n[env.all]\nA = 1\n[env.train]\nB = "1"\n')
+    file.write_text('nam = "x"\nscheduler = "none"\n[env.all]\nA = 1\n[env.train]\nB = "1"\n')
     with pytest.raises(ConfigError) as caught:
         load_cluster(file)
     text = str(caught.value)
