@@ -173,6 +173,9 @@ class Keeper:
             for rules in self._landlock.values():  # they name the old /tmp
                 rules.close()
             self._landlock.clear()
+        else:
+            with suppress(OSError):  # a keeper before this one left its own
+                linux.umount_detach("/tmp")
         linux.mount("tmpfs", "/tmp", "tmpfs", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOATIME, options)
         self._tmp = options, os.stat("/tmp").st_ctime_ns
 

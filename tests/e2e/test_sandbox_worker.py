@@ -9,9 +9,9 @@ from typing import TypeVar
 
 import pytest
 
-from sandbox import interpreter, judge, limits, probe
+from sandbox import executor, interpreter, judge, limits, probe
 from sandbox.executor import Task, Worker
-from tests.sandbox_service import descendants
+from tests.sandbox_service import children, descendants
 
 BEST = probe.probe().level
 T = TypeVar("T")
@@ -244,3 +244,21 @@ def test_many_tests_leave_no_descriptor_mount_or_process_behind() -> None:
 
     before, after = with_worker(many)
     assert before == after
+
+
+@needs_2
+def test_a_new_keeper_takes_away_what_the_one_before_has_mounted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "RUNS_PER_KEEPER", 2)
+
+    async def mounts(worker: Worker) -> list[int]:
+        seen = []
+        for _ in range(3):
+            for _ in range(2):
+                await worker.run(Task(code="open('f', 'w').write('x')", input=""))
+            (zygote,) = children(worker.process.pid)
+            with open(f"/proc/{zygote}/mountinfo") as file:
+                seen.append(len(file.readlines()))
+        return seen
+
+    seen = with_worker(mounts)
+    assert seen == seen[:1] * 3
