@@ -54,7 +54,7 @@ def _refused(name: str, attempt: str, level: int = 1, *, is_quick: bool = False)
 
 
 def _stopped(name: str, code: str, *, is_quick: bool = False) -> Behaviour:
-    return Behaviour(name, code, (judge.TIME_LIMIT,), limits={"cpu_s": 0.2}, is_quick=is_quick)
+    return Behaviour(name, code, (judge.TIME_LIMIT,), limits={"cpu_s": 0.1}, is_quick=is_quick)
 
 
 def _function(name: str, code: str, *verdicts: str, input: str = "[1, 2]", expected: str = "[1, 2]") -> Behaviour:
