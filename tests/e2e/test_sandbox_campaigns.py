@@ -29,8 +29,8 @@ def check_soak(report: dict[str, Any]) -> None:
     assert sum(report["kinds"].values()) == report["jobs"] == report["answers"]["200 ok"]
     for state in report["states"]:
         assert state["zombies"] == 0
-        for name in ("descriptors", "worker_descriptors", "processes", "mounts"):
-            assert abs(state[name] - report["states"][0][name]) <= 2, (name, report["states"])
+        for name, tolerance in (("descriptors", 2), ("worker_descriptors", 2), ("processes", 0), ("mounts", 0)):
+            assert abs(state[name] - report["states"][0][name]) <= tolerance, (name, report["states"])
     assert (report["exit_code"], report["survivors"], report["temporary_left"]) == (0, 0, 0)
 
 
@@ -46,7 +46,7 @@ def check_kills(report: dict[str, Any], number: int) -> None:
 
 
 def test_a_sample_of_the_soak() -> None:
-    check_soak(soak(120, segments=3))
+    check_soak(soak(240, workers=1, segments=3))  # more than a keeper's 200 runs
 
 
 def test_a_sample_of_the_kills(tmp_path: Path) -> None:
