@@ -6,10 +6,13 @@ that a program cannot speak as the judge, close its section, or write chat turns
 
 from __future__ import annotations
 
+import ast
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
+
+from sandbox import judge
 
 TITLES = {  # the first kind that is present is the one shown
     "compile_error": "Compile Error",
@@ -32,8 +35,12 @@ SDPO_KINDS = (
     ("wrong_answer",),
 )
 SDPO_TITLES = ("Runtime Error", "Time Limit Exceeded", "Test Case {number}: Wrong Answer")
+SDPO_MORE_LINES = "... ({number} more lines)"
+SDPO_WRONG = 2
 SDPO_MAX_CHARS = 2000
 SDPO_VALUE_CHARS, SDPO_INPUT_LINES, SDPO_DEBUG_LINES, SDPO_FRAMES = 250, 8, 10, 3
+SDPO_MESSAGE_CHARS = 300
+LAYOUTS = ("fenced", "literal")
 
 # Of Llama 2 and Mistral, Gemma, GLM, BERT's heirs; those of Qwen, Llama 3 and 4, DeepSeek, GPT-OSS and Phi hold <| or |>.
 _ANGLED = """think tool_call tool_response tools s bos eos pad unk mask start_of_turn end_of_turn start_of_image
@@ -53,6 +60,8 @@ _DEFUSED = str.maketrans(dict(_LOOKALIKES))
 _ADDRESS = re.compile(r"(thread) 0x[0-9a-f]+", re.I)  # differs from run to run
 _FRAME = re.compile(r'\s*File "([^"]+)", line (\d+), in (.*)')
 
+_LAST_WORDS = re.compile(r"^(?:Traceback \(most recent|Fatal Python error:|(?:Current thread|Thread) 0x)", re.M)
+
 
 class Options(NamedTuple):
     """What a request may choose."""
@@ -64,6 +73,8 @@ class Options(NamedTuple):
     show_expected: bool = True
     profile: str = "native"
     """``sdpo`` is SDPO's wording; every other is ours."""
+    layout: str = "fenced"
+    """``literal``: SDPO's own, without fences. What a program printed can then look like a title."""
 
 
 DEFAULTS = Options()
@@ -132,41 +143,69 @@ def _blocks(test: Shown, options: Options) -> Iterator[str]:
 
 
 def _sdpo(bad: Sequence[Shown], options: Options) -> Iterator[str]:
-    """SDPO's words and bounds, with our fences around what is not ours."""
-    present = (number for number, kinds in enumerate(SDPO_KINDS) if any(test.verdict in kinds for test in bad))
-    kind = next(present)
+    """SDPO's words and bounds."""
+    section = _section if options.layout == "literal" else fence
+    kind = next(number for number, kinds in enumerate(SDPO_KINDS) if any(test.verdict in kinds for test in bad))
     chosen = [test for test in bad if test.verdict in SDPO_KINDS[kind]]
-    for test in _shortest(chosen, options.max_failing) if kind == 2 else chosen[:1]:
+    for test in _shortest(chosen, options.max_failing) if kind == SDPO_WRONG else chosen[:1]:
         yield "\n" + SDPO_TITLES[kind].format(number=test.number)
-        debug, trace = _split_trace(test.stderr)
+        debug, trace = _split_trace(test)
         if kind == 0:
-            yield fence("", "\n".join([clean(test.why, SDPO_VALUE_CHARS, 1), *_short_frames(trace)]))
-        given = clean(test.input, SDPO_VALUE_CHARS * SDPO_INPUT_LINES, SDPO_INPUT_LINES, SDPO_VALUE_CHARS)
-        yield fence("Input" if kind == 2 else "Last Executed Input", given)
-        if kind == 2:
-            yield fence("Output", clean(_output(test), SDPO_VALUE_CHARS, SDPO_VALUE_CHARS))
+            why = clean(test.why, SDPO_MESSAGE_CHARS, 1).replace("(solution.py, line", "(Solution.py, line")
+            yield section("", "\n".join([why, *_short_frames(trace)]))
+        yield section(
+            "Input" if kind == SDPO_WRONG else "Last Executed Input", _rows(test.input, SDPO_INPUT_LINES, 250)
+        )
+        if kind == SDPO_WRONG:
+            yield section("Output", _cut(harmless(_sdpo_output(test)[: 2 * SDPO_VALUE_CHARS])))
             if options.show_expected:
-                yield fence("Expected", clean(test.expected, SDPO_VALUE_CHARS, SDPO_VALUE_CHARS))
+                expected = judge.without_dash(test.expected) if test.got is None else test.expected
+                yield section("Expected", _cut(harmless(expected[: 2 * SDPO_VALUE_CHARS])))
         if debug.strip():
-            yield fence("Debug Output", clean(debug.strip(), 300 * SDPO_DEBUG_LINES, SDPO_DEBUG_LINES, 300))
+            yield section("Debug Output", _rows(debug.strip(), SDPO_DEBUG_LINES, 300))
 
 
-def _split_trace(stderr: str) -> tuple[str, str]:
-    """What the program wrote, and the traceback that ends it."""
-    before, mark, after = stderr.rpartition("Traceback (most recent call last):\n")
-    return (before, mark + after) if mark else (stderr, "")
+def _section(title: str, text: str) -> str:
+    return f"\n{title}\n{text}" if title else text
+
+
+def _split_trace(test: Shown) -> tuple[str, str]:
+    """What the program wrote, and what was written of its end."""
+    if test.verdict == "compile_error":
+        return "", test.stderr
+    ends = list(_LAST_WORDS.finditer(test.stderr))
+    if ends:
+        return test.stderr[: ends[-1].start()], test.stderr[ends[-1].start() :]
+    text = test.stderr.rstrip()
+    if test.why and text.endswith(test.why):  # an exception that no line of the program raised
+        return text[: text.rfind("\n", 0, len(text) - len(test.why)) + 1], ""
+    return text, ""
 
 
 def _short_frames(trace: str) -> list[str]:
-    rows = trace.split("\n")
-    found: list[str] = []
-    for row, below in zip(rows, [*rows[1:], ""], strict=True):
-        frame = _FRAME.match(row)
-        if frame and frame[1] == "solution.py":
-            source = [] if _FRAME.match(below) or not below.startswith("    ") else [f"  {below.strip()}"]
-            line = [*source, f"Line {frame[2]} in {frame[3]} (Solution.py)"]
-            found.append("\n".join(clean(text, SDPO_VALUE_CHARS, 1) for text in line))
-    return found[-SDPO_FRAMES:]
+    frames = [frame for frame in map(_FRAME.match, trace.split("\n")) if frame and frame[1] == "solution.py"]
+    return [f"Line {frame[2]} in {clean(frame[3], 100, 1)} (Solution.py)" for frame in frames[-SDPO_FRAMES:]]
+
+
+def _rows(text: str, most: int, chars: int) -> str:
+    rows = harmless(text[: 2 * most * chars]).rstrip("\n").split("\n")
+    hidden = _num_lines(text) - most
+    more = [SDPO_MORE_LINES.format(number=hidden)] if hidden > 0 else []
+    return "\n".join([*(_cut(row, chars) for row in rows[:most]), *more])
+
+
+def _cut(text: str, chars: int = SDPO_VALUE_CHARS) -> str:
+    return text if len(text) <= chars else text[:chars] + "..."
+
+
+def _sdpo_output(test: Shown) -> str:
+    if test.got is None:
+        return test.stdout.strip()
+    try:  # SDPO shows a text as it is
+        value = ast.literal_eval(test.got) if test.got[:1] in "'\"" else test.got
+    except (ValueError, SyntaxError):  # it was cut
+        value = test.got
+    return str(value)
 
 
 def _output(test: Shown) -> str:
@@ -179,17 +218,17 @@ def fence(title: str, text: str) -> str:
     return (f"{title}:\n" if title else "") + f"```\n{body}\n```"
 
 
-def clean(text: str, chars: int = 400, lines: int = 10, line_chars: int | None = None) -> str:
+def clean(text: str, chars: int = 400, lines: int = 10) -> str:
     """At most ``chars`` characters and ``lines`` lines of harmless text, from the start."""
-    rows = harmless(text[: chars * 4]).split("\n")
-    hidden = len(rows) - lines
-    kept = rows[:lines]
-    if line_chars:
-        kept = [row if len(row) <= line_chars else row[:line_chars] + "\u2026" for row in kept]
-    text = "\n".join(kept)
-    if len(text) > chars:
-        text = text[:chars] + "\u2026"
-    return text + ("\n" + MORE_LINES.format(number=hidden) if hidden > 0 else "")
+    kept = "\n".join(harmless(text[: chars * 4]).split("\n")[:lines])
+    if len(kept) > chars:
+        kept = kept[:chars] + "\u2026"
+    hidden = _num_lines(text) - lines
+    return kept + ("\n" + MORE_LINES.format(number=hidden) if hidden > 0 else "")
+
+
+def _num_lines(text: str) -> int:
+    return text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n").count("\n") + 1
 
 
 def clean_end(text: str, chars: int, lines: int) -> str:

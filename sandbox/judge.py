@@ -189,9 +189,13 @@ def compare_words(output: str, expected: str) -> str:
 
     Source: lasgroup/SDPO, ``verl/utils/reward_score/feedback/code.py``, ``run_test_std``.
     """
-    want = expected.strip()
-    want = want[:-1] if want.endswith("-") else want
-    return "" if _one_line(output) == _one_line(want) else "the outputs differ"
+    return "" if _one_line(output) == _one_line(without_dash(expected)) else "the outputs differ"
+
+
+def without_dash(expected: str) -> str:
+    """What SDPO expects of a printed answer."""
+    text = expected.strip()
+    return text[:-1].rstrip() if text.endswith("-") else text
 
 
 def _one_line(text: str) -> str:
