@@ -17,13 +17,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 import megatron_distil
 from megatron_distil import sizing
 from megatron_distil.config.check import is_supervised
-from megatron_distil.config.load import flat, load_config
+from megatron_distil.config.load import flat, load_config, toml_value
 from megatron_distil.config.options import RunOptions
 from megatron_distil.config.schema import Config, ParallelConfig
 from megatron_distil.errors import ConfigError, DistilError, Problem
@@ -102,21 +100,38 @@ def check(
         config = load_config(recipe, overrides or ())
         sentences = _sentences(config) if explain else {}
         lines = [
-            f"{path} = {_toml(value)}" + (f"    # {sentences[path]}" if sentences.get(path) else "")
+            f"{path} = {toml_value(value)}" + (f"    # {sentences[path]}" if sentences.get(path) else "")
             for path, value in flat(config).items()
         ]
         typer.echo("\n".join(lines))
 
 
 @app.command()
-def plan(recipe: Recipe, overrides: Overrides = None) -> None:
-    """What a recipe needs: processes by role, memory of each, bytes per step. The model must be a folder."""
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    gpu: Annotated[
+        str, typer.Option(metavar="NAME", help=f"One of {', '.join(sizing.GPUS)}; cpu: nothing has to fit.")
+    ] = "h200",
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="Within which links are fast.")] = 8,
+    ep: Annotated[int, typer.Option(min=1, help="Ranks that share the experts of a layer.")] = 1,
+) -> None:
+    """What a recipe needs: processes by role, memory of each, time of a step, and whether it fits. The model must be a folder.
+
+    Ends with 2 where it does not fit, and names the nearest layout that does.
+    """
     with _reported():
         config = load_config(recipe, overrides or ())
         shape = sizing.ModelShape.from_folder(config.model)
-        if found := list(sizing.problems(config, shape)):
+        if found := list(sizing.problems(config, shape, ep=ep)):
             raise ConfigError(found)
-        _print_plan(config, sizing.sizes(config, shape))
+        machine = sizing.machine(gpu, gpus_per_node=gpus_per_node)
+        is_local = config.has_expert and Path(config.teacher.model).is_dir()
+        expert = sizing.ModelShape.from_folder(config.teacher.model) if is_local else None
+        found_sizes = sizing.sizes(config, shape, machine or sizing.H200_NODES, ep=ep, expert=expert)
+        sizing.print_plan(config, shape, found_sizes, machine)
+        if machine and (found := list(sizing.shortfalls(config, shape, machine, ep=ep))):
+            raise ConfigError(found)
 
 
 @app.command()
@@ -288,14 +303,6 @@ def configure_logging(run: Path, rank: int, parallel: ParallelConfig) -> None:
         root.addHandler(handler)
 
 
-def _toml(value: object) -> str:
-    if isinstance(value, tuple):
-        return f"[{', '.join(_toml(entry) for entry in value)}]"
-    if isinstance(value, dict):
-        return f"{{ {', '.join(f'{key} = {_toml(entry)}' for key, entry in value.items())} }}"
-    return json.dumps(value) if isinstance(value, (str, bool)) else repr(value)
-
-
 def _sentences(section: Any, prefix: str = "") -> dict[str, str]:
     found: dict[str, str] = {}
     for name, info in type(section).model_fields.items():
@@ -305,30 +312,3 @@ def _sentences(section: Any, prefix: str = "") -> dict[str, str]:
         else:
             found[f"{prefix}{name}"] = " ".join((info.description or "").split())
     return found
-
-
-def _print_plan(config: Config, sizes: sizing.Sizes) -> None:
-    console = Console()
-    parallel, rollout = config.parallel, config.rollout
-    console.print(f"{config.model}: {sizes.parameters:,} parameters", highlight=False)
-    layouts = {
-        "trainer": f"tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} x dp {parallel.dp}",
-        "engine": f"{rollout.num_engines} servers, tp {rollout.engine_tp}",
-        "teacher": f"{config.teacher.num_engines} servers of {config.teacher.model}, tp {config.teacher.engine_tp}",
-        "sandbox": f"{config.feedback.sandbox_workers} programs at a time each",
-    }
-    roles = Table("role", "processes", "layout", title="Processes", title_justify="left")
-    for role, count in sizes.processes_by_role.items():
-        if count and not (is_supervised(config) and role != "trainer"):
-            roles.add_row(role, str(count), layouts[role])
-    console.print(roles)
-    titled = [("Memory of a trainer rank", sizes.trainer)]
-    if not is_supervised(config):
-        titled += [("Memory of an engine process", sizes.engine), ("Bytes of a step", sizes.step)]
-    for title, parts in titled:
-        table = Table("part", "size", "how", title=title, title_justify="left")
-        for part in parts:
-            table.add_row(part.name, sizing.human(part.bytes), part.why)
-        if title.startswith("Memory"):
-            table.add_row("together", sizing.human(sum(part.bytes for part in parts)), "", style="bold")
-        console.print(table)
