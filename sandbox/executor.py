@@ -33,7 +33,7 @@ from sandbox.judge import Record
 
 START_S, GRACE_S, STOP_S = 60.0, 30.0, 5.0
 RUNS_PER_KEEPER = 200
-READ_CAP = 1 << 20
+STDERR_CAP = 1 << 20
 _INNER = (
     "__init__",
     "cgroup",
@@ -297,9 +297,9 @@ def _record(message: Mapping[str, Any], outputs: Sequence[int]) -> Record:
     sizes = [os.fstat(fd).st_size for fd in outputs]
     return Record(
         **message,
-        stdout=os.pread(stdout, min(sizes[0], READ_CAP), 0),
+        stdout=wire.read_from_start(stdout, sizes[0]),  # all of it is judged; ``output_bytes`` bounds it
         stdout_bytes=sizes[0],
-        stderr=os.pread(stderr, READ_CAP, max(sizes[1] - READ_CAP, 0)),
+        stderr=os.pread(stderr, STDERR_CAP, max(sizes[1] - STDERR_CAP, 0)),
         stderr_bytes=sizes[1],
         result=wire.read_from_start(result, sizes[2]),
     )

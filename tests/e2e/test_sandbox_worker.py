@@ -107,6 +107,13 @@ def test_idioms_of_contest_programs_work() -> None:
     assert {name: said for name, said in verdicts.items() if said.verdict != "passed"} == {}
 
 
+def test_a_long_output_is_judged_in_whole() -> None:
+    lines = [f"{i} {i * i}" for i in range(200_000)]
+    task = Task(code="for i in range(200000): print(i, i * i)", input="")
+    assert run(task, "\n".join(lines)).verdict == "passed"
+    assert run(task, "\n".join([*lines[:-1], "0"])).why == "line 200000 differs"
+
+
 def test_the_usual_imports_are_there_when_asked_for() -> None:
     code = "print(gcd(4, 6), defaultdict(int)['x'], pow(2, 5, 7), len(list(permutations([1, 2, 3]))), math.pi > 3)"
     assert run(Task(code=code, input="", has_prelude=True), "2 0 4 6 True").verdict == "passed"
@@ -256,8 +263,7 @@ def test_a_new_keeper_takes_away_what_the_one_before_has_mounted(monkeypatch: py
             for _ in range(2):
                 await worker.run(Task(code="open('f', 'w').write('x')", input=""))
             (zygote,) = children(worker.process.pid)
-            with open(f"/proc/{zygote}/mountinfo") as file:
-                seen.append(len(file.readlines()))
+            seen.append(len(Path(f"/proc/{zygote}/mountinfo").read_text().splitlines()))
         return seen
 
     seen = with_worker(mounts)
