@@ -346,6 +346,10 @@ def _of_kind(server: int, victim: str) -> list[int]:
 
 
 # --------------------------------------------------------------------------------------- determinism
+_TIGHT = {"cpu_s": 2.0, "idle_s": 1.0}
+"""The report says how many programs a wall clock with the first would stop."""
+
+
 def determinism(count: int, repetitions: int, *, at_once: int, seed: int = 0) -> dict[str, Any]:
     """The same accepted programs again and again, ``at_once`` at a time. A flip is any answer that differs."""
     chosen = programs(count)
@@ -354,6 +358,7 @@ def determinism(count: int, repetitions: int, *, at_once: int, seed: int = 0) ->
     random.Random(seed).shuffle(order)
     flips: list[str] = []
     cpu: dict[int, list[float]] = collections.defaultdict(list)
+    wall: list[float] = []
     started = time.monotonic()
     with Service("--workers", str(at_once), "--queue", str(2 * at_once), "--min-level", "1") as running:
 
@@ -368,9 +373,11 @@ def determinism(count: int, repetitions: int, *, at_once: int, seed: int = 0) ->
             program = chosen[index]
             tests = [{"input": program.input, "output": expected[index]}]
             code = f"{program.code}\n# {repetition}"  # an equal one would be replayed
-            answer = (await asker.judged({"id": f"d-{index}-{repetition}", "code": code, "tests": tests})).answer
+            body = {"id": f"d-{index}-{repetition}", "code": code, "tests": tests, "limits": _TIGHT}
+            answer = (await asker.judged(body)).answer
             (row,) = answer["tests"]
             cpu[index].append(row["cpu_s"])
+            wall.append(row["wall_s"])
             if row["verdict"] != "passed" or row["stdout"] != expected[index][: len(row["stdout"])]:
                 flips.append(f"{program.name} #{index}, repetition {repetition}: {row}"[:500])
 
@@ -387,6 +394,8 @@ def determinism(count: int, repetitions: int, *, at_once: int, seed: int = 0) ->
             "max": max(map(max, cpu.values())),
         },
         "largest_ratio_of_cpu_times": round(max(max(times) / max(min(times), 0.01) for times in cpu.values()), 1),
+        "wall_s_max": max(wall),
+        "a_wall_limit_of_2_s_would_stop": sum(seconds > 2 for seconds in wall),
         "at_once": at_once,
         "seconds": round(time.monotonic() - started, 1),
         "seed": seed,
@@ -397,7 +406,7 @@ def determinism(count: int, repetitions: int, *, at_once: int, seed: int = 0) ->
 def _expected(chosen: Sequence[Program]) -> list[str]:
     """What the same Python prints outside of any sandbox."""
     python = interpreter.find().path
-    variables = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
+    variables = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "PYTHONINTMAXSTRDIGITS": "50000"}
 
     def run(program: Program) -> str:
         done = subprocess.run(

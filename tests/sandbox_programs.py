@@ -58,7 +58,7 @@ print(f({n} // 4, {n} // 5))""",
 import sys, threading
 sys.setrecursionlimit(10 ** 6); threading.stack_size(1 << 26)
 def f(n): return 0 if n == 0 else f(n - 1) + n % 3
-t = threading.Thread(target=lambda: print(f({n} * 40))); t.start(); t.join()""",
+t = threading.Thread(target=lambda: print(f({n} * 20))); t.start(); t.join()""",
     "a thread that computes": """
 import threading
 def work(): print(sum(i * i % 7 for i in range({n} * 200)))
@@ -124,5 +124,5 @@ def programs(count: int) -> list[Program]:
         name = list(FAMILIES)[index % len(FAMILIES)]
         rng = random.Random(index)
         words = " ".join(rng.choice("ab") * rng.randrange(1, 6) for _ in range(2000))
-        found.append(Program(name, FAMILIES[name].format(n=rng.randrange(100, 400)), words))
+        found.append(Program(name, FAMILIES[name].format(n=rng.randrange(600, 2400)), words))
     return found
