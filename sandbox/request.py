@@ -137,6 +137,7 @@ def parse(body: Any, rules: Rules | None = None, stored: Callable[[str], TestSet
     mode = _choice(body, "mode", MODES, "stdin")
     tests = _tests_of(body, rules, stored)
     if mode == "functional":
+        _need(language == "python", "mode", f"'functional' is for python; {language} programs read their input")
         is_name = isinstance(function, str) and function.isidentifier()
         _need(is_name, "fn", f"{_shown(function)} is not an identifier, such as 'solve'")
         if tests.broken_json:  # a broken test is ours, never a wrong answer

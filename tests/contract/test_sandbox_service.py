@@ -12,7 +12,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.sandbox_service import RIGHT, SLOW, SPIN, TESTS, WRONG, Answer, Service, at_once, command, environment
+from megatron_distil.registry import Registry
+from tests.sandbox_service import (
+    RIGHT,
+    ROOT,
+    SLOW,
+    SPIN,
+    TESTS,
+    WRONG,
+    Answer,
+    Service,
+    at_once,
+    children,
+    command,
+    environment,
+)
 
 ANY_LEVEL = ("--min-level", "0")
 
@@ -205,6 +219,46 @@ def test_a_token_is_asked_for(tmp_path: Path) -> None:
     with Service("--workers", "1", "--token-file", str(token), *ANY_LEVEL) as closed:
         assert closed.post({"code": RIGHT, "tests": TESTS}).status == 401
         assert closed.get("/healthz").status == 200
+
+
+def test_it_refuses_a_worst_case_that_does_not_fit_with_the_arithmetic() -> None:
+    message = refusal("--workers", "8", "--memory-bytes", str(4 << 30), *ANY_LEVEL)
+    assert (
+        "8 workers x (512 MiB memory + 16 MiB tmp + 3 x 8 MiB output) + 512 MiB of stored tests = 4.81 GiB" in message
+    )
+    assert "4.00 GiB (--memory-bytes). --workers 6 fits" in message
+    assert "--max-cpu-s: nan is not a number from 0.05 on" in refusal("--max-cpu-s", "nan")
+    assert "--queue: 0" in refusal("--queue", "0")
+
+
+def test_its_record_is_in_the_registry_from_the_first_program_on_until_it_drains(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    with Service("--workers", "1", "--registry", str(tmp_path), "--name", "s", *ANY_LEVEL) as running:
+        (record,) = registry.wait_for("sandbox", 1, timeout_s=30)
+        assert (record.url, record.pid, record.gen) == (running.url, running.process.pid, 0)
+        assert record.info["level"] == running.get("/readyz").body["isolation"]["level"]
+        assert record.info["workers"] == 1
+        time.sleep(2.5)
+        (later,) = registry.live("sandbox")
+        assert later.ts > record.ts
+        assert running.stop() == 0
+        assert registry.live("sandbox", state=None, stale_s=float("inf")) == []
+
+
+def test_workers_outlive_the_threads_of_the_service() -> None:
+    with Service("--workers", "1", *ANY_LEVEL) as running:
+        before = children(running.process.pid)
+        large = {"code": "print('x' * 900_000)", "tests": [{"input": "", "output": "x"}]}  # judged in a thread
+        for index in range(3):
+            assert running.post({**large, "id": f"large {index}", "stop_after": index + 1}).body["status"] == "ok"
+        assert running.post({"code": RIGHT, "tests": TESTS}).body["pass_all"]
+        assert children(running.process.pid) == before
+        assert running.count("sandbox_faults_total") == 0
+
+
+def test_no_python_runs_between_fork_and_exec() -> None:
+    sources = [path.read_text() for path in (Path(ROOT) / "sandbox").glob("*.py")]
+    assert not any("preexec_fn" in source for source in sources), "it may hang in a process that has threads"
 
 
 def test_a_taken_port_is_one_clear_message() -> None:
