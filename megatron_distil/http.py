@@ -8,11 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import aiohttp
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_before_delay, wait_exponential, wait_random
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception_type,
+    stop_before_delay,
+    wait_exponential,
+    wait_random,
+)
 
 from megatron_distil.errors import DistilError
 
@@ -32,19 +40,37 @@ class Peer(NamedTuple):
     """It cannot be reached, refuses work or is too slow; worth another attempt."""
     refused: type[DistilError]
     """It understood and said no; the same question gets the same answer."""
+    token: str = ""
+    """Sent as ``Authorization: Bearer``; empty: none is."""
+
+    def __repr__(self) -> str:
+        return f"Peer({self.name}, {self.url})"  # the token belongs in no message
 
 
-def attempts(budget_s: float, on: type[DistilError]) -> AsyncRetrying:
-    """Attempts with growing, jittered pauses until the budget is spent; then the last error, as it was."""
-    return AsyncRetrying(
-        retry=retry_if_exception_type(on),
-        wait=wait_exponential(multiplier=0.2, max=10.0) + wait_random(0.0, 0.2),
-        stop=stop_before_delay(budget_s),
-        reraise=True,
-    )
+def attempts(
+    budget_s: float, on: type[DistilError], least_pause: Callable[[BaseException], float] = lambda _: 0.0
+) -> AsyncRetrying:
+    """Attempts with growing, jittered pauses until the budget is spent; then the last error, as it was.
+
+    Args:
+        budget_s: for all of them, pauses included.
+        on: errors after which there is another attempt.
+        least_pause: seconds that an error asks us to wait at least.
+    """
+    growing = wait_exponential(multiplier=0.2, max=10.0)
+    jitter = wait_random(0.0, 0.2)
+
+    def pause(state: RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome is not None else None
+        asked = 0.0 if error is None else least_pause(error)
+        return max(growing(state), asked) + jitter(state)
+
+    return AsyncRetrying(retry=retry_if_exception_type(on), wait=pause, stop=stop_before_delay(budget_s), reraise=True)
 
 
-class _Answer(NamedTuple):
+class Reply(NamedTuple):
+    """What a peer answered, whatever it is."""
+
     status: int
     content_type: str
     payload: bytes
@@ -74,17 +100,18 @@ class Http:
             await session.close()
 
     async def post(self, peer: Peer, path: str, body: object, *, timeout_s: float) -> Any:
-        """The decoded reply: JSON, or text where the peer says that it is; None when it is empty.
+        """The decoded reply, as ``judged`` reads it.
 
         Raises:
             peer.unavailable: no answer in time, a broken connection, 5xx, 408 or 429.
             peer.refused: any other status above 299, or a reply that is not the JSON that it claims to be.
         """
-        return _judged(peer, path, await self._ask(peer, "POST", path, json.dumps(body).encode(), timeout_s))
+        data = json.dumps(body).encode()
+        return judged(peer, path, await self.ask(peer, "POST", path, data, timeout_s=timeout_s))
 
     async def get(self, peer: Peer, path: str, *, timeout_s: float) -> Any:
         """As ``post``."""
-        return _judged(peer, path, await self._ask(peer, "GET", path, None, timeout_s))
+        return judged(peer, path, await self.ask(peer, "GET", path, timeout_s=timeout_s))
 
     async def status(self, peer: Peer, path: str, *, timeout_s: float) -> int:
         """The status of ``GET``, whatever it is.
@@ -92,13 +119,19 @@ class Http:
         Raises:
             peer.unavailable: no answer in time, or a broken connection.
         """
-        return (await self._ask(peer, "GET", path, None, timeout_s)).status
+        return (await self.ask(peer, "GET", path, timeout_s=timeout_s)).status
 
-    async def _ask(self, peer: Peer, method: str, path: str, data: bytes | None, timeout_s: float) -> _Answer:
+    async def ask(self, peer: Peer, method: str, path: str, data: bytes | None = None, *, timeout_s: float) -> Reply:
+        """One request and its answer, whatever its status is; ``judged`` says what it means.
+
+        Raises:
+            peer.unavailable: no answer in time, or a broken connection.
+        """
+        headers = {"Authorization": f"Bearer {peer.token}"} if peer.token else None
         try:
             async with asyncio.timeout(timeout_s):
-                async with self._opened().request(method, peer.url + path, data=data) as response:
-                    return _Answer(response.status, response.content_type, await response.read())
+                async with self._opened().request(method, peer.url + path, data=data, headers=headers) as response:
+                    return Reply(response.status, response.content_type, await response.read())
         except TimeoutError as error:
             raise peer.unavailable(f"{_where(peer, path)}: no answer within {timeout_s:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
@@ -114,7 +147,13 @@ class Http:
         return self._session
 
 
-def _judged(peer: Peer, path: str, answer: _Answer) -> Any:
+def judged(peer: Peer, path: str, answer: Reply) -> Any:
+    """The decoded reply: JSON, or text where the peer says that it is; None when it is empty.
+
+    Raises:
+        peer.unavailable: 5xx, 408 or 429.
+        peer.refused: any other status above 299, or a reply that is not the JSON that it claims to be.
+    """
     if answer.status >= 500 or answer.status in _RETRYABLE:
         raise peer.unavailable(f"{_where(peer, path)}: {answer.status}: {_excerpt(answer.payload)}")
     if answer.status > 299:
