@@ -119,6 +119,7 @@ def services(
                 *("--host", places.host, "--port", "{port}"),
                 *("--workers", str(feedback.sandbox_workers), "--min-level", str(feedback.min_isolation)),
                 *("--drain-s", "2"),
+                *(("--token-file", feedback.token_file) if feedback.token_file else ()),
             ),
             env=cluster.env_of("sandbox"),
             allowed_env=SANDBOX_ENV,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -42,7 +44,7 @@ from megatron_distil.sync.broadcast import BroadcastSink
 from megatron_distil.sync.disk import DiskSink, Snapshots
 from megatron_distil.sync.plan import weight_spec
 from megatron_distil.sync.publish import Admission, NoEngines, Publisher
-from megatron_distil.tasks.task import Task, task_by_name
+from megatron_distil.tasks.task import Task, task_of
 from megatron_distil.teacher.context import ContextBuilder
 from megatron_distil.teacher.expert import ExpertTeacher, check_vocabulary
 from megatron_distil.trainer.checkpoint import Checkpoints
@@ -54,6 +56,8 @@ from megatron_distil.trainer.optim import make_optimizer
 from megatron_distil.trainer.replica import Replica
 from megatron_distil.trainer.teacher import make_teacher
 from megatron_distil.trainer.update import Updater
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
 """All that is read of an expert's folder here; its servers read the rest."""
@@ -71,7 +75,13 @@ def train(config: Config, options: RunOptions) -> int:
                 prompts=run.prompts(),
                 sampler=run.sampler(config.rollout.samples_per_prompt, config.rollout.temperature),
                 judge=run.judge,
-                contexts=ContextBuilder(task=run.task, encode=run.encode, config=config.teacher, add=run.log.add),
+                contexts=ContextBuilder(
+                    task=run.task,
+                    encode=run.encode,
+                    defuse=run.tokenizer.defuse,
+                    config=config.teacher,
+                    add=run.log.add,
+                ),
                 rollout_log=run.rollout_log(),
                 teacher=run.learner.teacher,
                 packer=run.packer,
@@ -128,7 +138,7 @@ class Run:
     def __post_init__(self) -> None:
         config, train = self.config, self.config.train
         self.model = _model_folder(config.model)
-        self.task: Task = task_by_name(config.task.name)
+        self.task: Task = task_of(config.task)
         self.tokenizer = Tokenizer.load(self.model)
         self.encode = prompt_encoder(self.tokenizer, self.task.style)
         self.stop_ids = self.tokenizer.stop_ids(self.task.stop)
@@ -262,15 +272,19 @@ class Run:
 
     @cached_property
     def _sandboxes(self) -> SandboxPool:
-        return SandboxPool(self.http, self.registry, self.config.feedback)
+        feedback, dp = self.config.feedback, self.groups.dp_size
+        return SandboxPool(self.http, self.registry, feedback, add=self.log.add, num_clients=dp)
 
     @cached_property
     def judge(self) -> TaskJudge:
         """Rules on responses."""
+        return self._judge_of(self.task)
+
+    def _judge_of(self, task: Task) -> TaskJudge:
         feedback = self.config.feedback
         concurrency = feedback.concurrency * max(1, feedback.num_sandboxes)
         runner = self._sandboxes if feedback.num_sandboxes else NoRunner()
-        return TaskJudge(self.task, runner, concurrency=concurrency, max_unavailable=feedback.max_unavailable)
+        return TaskJudge(task, runner, concurrency=concurrency, max_unavailable=feedback.max_unavailable)
 
     def check_sandboxes(self) -> None:
         """Wait for the services of the run and see that they isolate as asked. Collective."""
@@ -285,7 +299,11 @@ class Run:
                 stopped=self.registry.stop_requested,
             )
             await asyncio.to_thread(wait)
-            await self._sandboxes.check()
+            known = await self._sandboxes.check()
+            for name, said in known.items():
+                logger.info("%s: isolation level %d, %d workers, %s", name, said.level, said.workers, said.versions)
+            text = json.dumps({name: said._asdict() for name, said in known.items()}, indent=2)
+            (self.options.run / "sandboxes.json").write_text(text + "\n", encoding="utf-8")
 
         if count:
             self._on_first_head(check)
@@ -302,7 +320,7 @@ class Run:
                 for one in sets
             ],
             sampler=self.sampler(config.samples_per_prompt, config.temperature),
-            judge=self.judge,
+            judge=self._judge_of(task_of(self.config.task.model_copy(update={"stop_after": 0}))),
             measures=self.task.measures,
             on_head=self.replica.on_head,
             is_first_replica=self.share.replica_index == 0,

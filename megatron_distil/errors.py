@@ -96,6 +96,8 @@ class SandboxUnavailable(DistilError):
     """The sandbox gave no verdict. This says nothing about the program."""
 
     exit_code = 75
+    retry_after_s: float = 0.0
+    """The pause that a busy service asked for; 0: it did not say that it was busy."""
 
 
 class SandboxRefused(DistilError):

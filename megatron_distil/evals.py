@@ -1,4 +1,4 @@
-"""Held-out prompts, answered by the engines and judged as in training: avg@n, pass@k and what the task measures."""
+"""Held-out prompts, answered by the engines and judged as in training: avg@n, pass@k, best@k, maj@k and what the task measures."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from math import comb
 from typing import Protocol
 
+import numpy as np
+
 from megatron_distil.config.schema import EvalConfig
 from megatron_distil.metrics.log import RunLog
 from megatron_distil.metrics.reduce import Totals
@@ -16,6 +18,8 @@ from megatron_distil.protocols import Judge, Sampler
 from megatron_distil.types import Feedback, FinishReason, Outcome, Prompt, Rollout, Sums
 
 logger = logging.getLogger(__name__)
+
+RESAMPLES, RESAMPLING_SEED = 1000, 42
 
 
 class OnHead(Protocol):
@@ -91,20 +95,33 @@ def count(
 ) -> None:
     """Add what the judge said of one set. A rollout without a verdict counts for nothing but ``unavailable_frac``."""
     prefix = f"eval/{held_out.prefix}"
-    passed_by_prompt: dict[str, list[bool]] = defaultdict(list)
+    judged_by_prompt: dict[str, list[Feedback]] = defaultdict(list)
     for rollout, said in zip(rollouts, feedback, strict=True):
         totals.add(f"{prefix}response_tokens", float(len(rollout.token_ids)))
         totals.add(f"{prefix}truncated_frac", float(rollout.finish is FinishReason.LENGTH))
         totals.add(f"{prefix}unavailable_frac", float(said.outcome is Outcome.UNAVAILABLE))
         if said.outcome is not Outcome.UNAVAILABLE:
-            passed_by_prompt[rollout.rollout_id.prompt].append(said.outcome is Outcome.PASSED)
+            judged_by_prompt[rollout.rollout_id.prompt].append(said)
         if said.reward is not None:
             totals.add(f"{prefix}reward", said.reward)
-    for passed in passed_by_prompt.values():
-        totals.add(f"{prefix}avg_at_{num_samples}", sum(passed) / len(passed))
+        if said.pass_fraction is not None:
+            totals.add(f"{prefix}pass_fraction", said.pass_fraction)
+    for judged in judged_by_prompt.values():
+        passed = sum(said.outcome is Outcome.PASSED for said in judged)
+        totals.add(f"{prefix}avg_at_{num_samples}", passed / len(judged))
         for k in tried(num_samples):
-            if k <= len(passed):
-                totals.add(f"{prefix}pass_at_{k}", pass_at_k(len(passed), sum(passed), k))
+            if k <= len(judged):
+                totals.add(f"{prefix}pass_at_{k}", pass_at_k(len(judged), passed, k))
+                _count_votes(totals, prefix, judged, k)
+
+
+def _count_votes(totals: Totals, prefix: str, judged: Sequence[Feedback], k: int) -> None:
+    """best@k and maj@k, where every response says what it stands for."""
+    rewards = [said.reward for said in judged if said.reward is not None]
+    votes = [said.vote for said in judged if said.vote]
+    if len(rewards) == len(votes) == len(judged):
+        totals.add(f"{prefix}best_at_{k}", best_at_k(rewards, k))
+        totals.add(f"{prefix}maj_at_{k}", maj_at_k(votes, rewards, k))
 
 
 def _count_measures(totals: Totals, held_out: HeldOut, rollouts: Sequence[Rollout], measures: Measures) -> None:
@@ -130,3 +147,31 @@ def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
     if k > num_samples:
         raise ValueError(f"pass@{k} cannot be told from {num_samples} samples")
     return 1.0 - comb(num_samples - num_passed, k) / comb(num_samples, k)
+
+
+def best_at_k(rewards: Sequence[float], k: int) -> float:
+    """Best of ``k`` rewards drawn with replacement, in expectation.
+
+        sum_i r_(i) ((i/n)^k - ((i-1)/n)^k)        r_(1) <= ... <= r_(n)
+
+    verl draws 1000 times and takes the mean (trainer/ppo/metric_utils.py, bootstrap_metric); this is what that tends to. It is
+    below pass@k, which draws without replacement.
+    """
+    n = len(rewards)
+    return sum(
+        reward * ((rank / n) ** k - ((rank - 1) / n) ** k) for rank, reward in enumerate(sorted(rewards), start=1)
+    )
+
+
+def maj_at_k(votes: Sequence[str], rewards: Sequence[float], k: int) -> float:
+    """Reward of the most frequent of ``k`` responses drawn with replacement, mean over 1000 draws with a fixed seed.
+
+    Of several that are most frequent, the one drawn first counts. Source: verl, trainer/ppo/metric_utils.py, calc_maj_val and
+    bootstrap_metric; their random numbers are others.
+    """
+    codes = np.unique(np.asarray(votes), return_inverse=True)[1]
+    drawn = np.random.default_rng(RESAMPLING_SEED).integers(len(votes), size=(RESAMPLES, k))
+    cast = codes[drawn]
+    counts = (cast[:, :, None] == cast[:, None, :]).sum(2)
+    first = counts.argmax(1)  # the first of the largest
+    return float(np.asarray(rewards)[drawn[np.arange(RESAMPLES), first]].mean())

@@ -58,6 +58,10 @@ class Verdict(StrEnum):
     WALL_LIMIT = "wall_limit"
 
 
+Profile = Literal["native", "lcb", "sdpo"]
+"""Whose rules judge a program: the sandbox's own, LiveCodeBench's, or those of SDPO's release (``sandbox/README.md``)."""
+
+
 class Case(NamedTuple):
     """One test of a program."""
 
@@ -66,12 +70,35 @@ class Case(NamedTuple):
     """None: run it and judge nothing (``Verdict.RAN``); the task reads the output."""
 
 
+class CaseFile(NamedTuple):
+    """Tests in a file, as the sandbox reads them: a JSON array of ``{"input", "output"}``."""
+
+    path: str
+    sha256: str
+    """Of its bytes: a service is sent it once and is told its hash from then on."""
+    num_tests: int
+
+
+class FeedbackOptions(NamedTuple):
+    """How the sandbox's account of a failure is written. Same defaults as ``sandbox/feedback.py``."""
+
+    max_failing: int = 2
+    """Wrong answers that are shown."""
+    max_chars: int = 3000
+    show_expected: bool = True
+
+
+DEFAULT_FEEDBACK = FeedbackOptions()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
     """What a task wants to be run."""
 
     code: str
-    tests: tuple[Case, ...]
+    tests: tuple[Case, ...] = ()
+    case_file: CaseFile | None = None
+    """In place of ``tests``."""
     mode: Literal["stdin", "functional"] = "stdin"
     function: str = ""
     """Called in ``functional`` mode."""
@@ -79,6 +106,17 @@ class Program:
     """Start with the names of the standard library that LiveCodeBench makes available without an import."""
     test_timeout_s: float | None = None
     """CPU time of one test; None: ``feedback.test_timeout_s``."""
+    memory_bytes: int | None = None
+    """Of one test; None: the service's default."""
+    stop_after: int = 0
+    """Failed tests after which the rest is not run; 0: every test is run."""
+    profile: Profile = "native"
+    feedback: FeedbackOptions = DEFAULT_FEEDBACK
+
+    @property
+    def num_tests(self) -> int:
+        """However they are given."""
+        return len(self.tests) if self.case_file is None else self.case_file.num_tests
 
 
 class CaseResult(NamedTuple):
@@ -103,12 +141,16 @@ class RunResult:
     """What the sandbox says of a program. An outage is ``SandboxUnavailable``, never a result."""
 
     tests: tuple[CaseResult, ...]
-    """In the order of ``Program.tests``; shorter if the run was stopped early."""
+    """In the order of the tests of the program; shorter if the run was stopped early."""
     feedback: str
     """The sandbox's own account of the failures."""
     duration_s: float
     isolation: int = 0
     """Level at which it ran (``sandbox/README.md``)."""
+    queue_s: float = 0.0
+    """Wait for a worker of the service."""
+    outputs_digest: str = ""
+    """A hash of all actual outputs: equal for programs that did the same."""
 
 
 class RolloutId(NamedTuple):
@@ -161,6 +203,14 @@ class Feedback:
     text: str
     """What the teacher may read."""
     duration_s: float
+    pass_fraction: float | None = None
+    """[0, 1] tests that passed, of all; None: no tests, or no verdict."""
+    vote: str = ""
+    """What maj@k counts: equal for responses that say the same. Empty: it has no vote."""
+
+    def __post_init__(self) -> None:
+        if self.outcome is Outcome.UNAVAILABLE and (self.reward, self.pass_fraction, self.vote) != (None, None, ""):
+            raise ValueError(f"{self.rollout_id}: no verdict, and yet a reward, a share or a vote")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,11 +8,14 @@ from difflib import get_close_matches
 from math import lcm
 from pathlib import Path
 
-from megatron_distil.config.schema import Config, ParallelConfig
+from megatron_distil.config.schema import Config, ParallelConfig, TaskConfig
 from megatron_distil.errors import Problem
 
-PROGRAM_TASKS = frozenset({"program_induction"})
+PROGRAM_TASKS = frozenset({"livecodebench", "program_induction"})
 """Tasks whose responses are programs. A test holds this to what the tasks say of themselves."""
+
+CONFIGURABLE_TASKS = frozenset({"livecodebench"})
+"""Tasks with settings beside their name; held likewise."""
 
 DIVERGENCES = frozenset({"sdpo", "opsd"})
 """Objectives that compare two whole distributions: what lies outside the support has to be somewhere."""
@@ -74,6 +77,16 @@ def _task(config: Config) -> Iterator[Problem]:
         yield Problem("task.name", name, "not a task", hint)
     if name in PROGRAM_TASKS and not config.feedback.num_sandboxes and not is_supervised(config):
         yield Problem("feedback.num_sandboxes", 0, f"task {name} runs programs, which needs a sandbox", "Try 1.")
+    if name in names and name not in CONFIGURABLE_TASKS:
+        for setting, value in config.task:
+            if setting != "name" and value != TaskConfig.model_fields[setting].default:
+                owners = ", ".join(sorted(CONFIGURABLE_TASKS))
+                yield Problem(
+                    f"task.{setting}", value, f"task {name} has no such setting; {owners} has", "Leave it out."
+                )
+    if name == "livecodebench" and not config.task.tests and not is_supervised(config):
+        hint = "megatron_distil.tasks.livecodebench_data DIR writes DIR/tests; name that."
+        yield Problem("task.tests", "", "the rows name files of tests, and this is their folder", hint)
 
 
 def _schedule(config: Config) -> Iterator[Problem]:

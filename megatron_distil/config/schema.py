@@ -32,6 +32,20 @@ class TaskConfig(Section):
 
     name: Annotated[str, Identity()]
     """A module of ``megatron_distil.tasks``."""
+    tests: str = ""
+    """``livecodebench``: folder of the tests that the rows name."""
+    profile: Literal["native", "lcb", "sdpo"] = "native"
+    """``livecodebench``: whose rules judge; the sandbox's own, or those that published numbers come from."""
+    reward: Literal["pass_all", "pass_fraction"] = "pass_all"
+    """``livecodebench``: 1 if every test passed, or the share of the tests that did."""
+    stop_after: Annotated[int, Field(ge=0)] = 0
+    """``livecodebench``: failed tests after which the rest is not run in training; 0: every test is run, as in evaluations."""
+    max_failing: Count = 2
+    """``livecodebench``: wrong answers that the feedback shows."""
+    max_feedback_chars: Count = 3000
+    """``livecodebench``: length of the feedback."""
+    show_expected: bool = True
+    """``livecodebench``: whether the feedback shows what a test expects; only a teacher reads it."""
 
 
 class DataConfig(Section):
@@ -100,7 +114,7 @@ class FeedbackConfig(Section):
     max_unavailable: Fraction = 0.1
     """Largest share of a step without a verdict; above it the run stops with exit 75."""
     concurrency: Count = 64
-    """Requests in flight to one sandbox service."""
+    """Programs in flight to one sandbox service at most; there are never more than it has workers."""
     request_timeout_s: Seconds = 60.0
     """One request."""
     budget_s: Seconds = 300.0
@@ -113,6 +127,8 @@ class FeedbackConfig(Section):
     """Sandbox services; 0 for tasks that run no programs."""
     sandbox_workers: Count = 2
     """Programs that one service runs at a time."""
+    token_file: str = ""
+    """File (mode 0600) with the bearer token of the services; empty: they ask for none."""
 
 
 class TeacherConfig(Section):

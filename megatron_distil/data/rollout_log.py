@@ -195,6 +195,8 @@ def _example(example: Example) -> Mapping[str, object]:
             "reward": feedback.reward,
             "text": feedback.text,
             "duration_s": feedback.duration_s,
+            "pass_fraction": feedback.pass_fraction,
+            "vote": feedback.vote,
         },
         "context": None
         if context is None
@@ -242,6 +244,8 @@ def _read_example(value: Any, prompts: Mapping[str, Prompt]) -> Example:
         reward=said["reward"],
         text=said["text"],
         duration_s=said["duration_s"],
+        pass_fraction=said.get("pass_fraction"),  # logs of 0.1 have neither
+        vote=said.get("vote", ""),
     )
     context = None if value["context"] is None else _read_context(value["context"])
     return Example(prompt=prompts[rollout_id.prompt], rollout=rollout, feedback=feedback, context=context)

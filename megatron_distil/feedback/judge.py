@@ -81,7 +81,13 @@ class TaskJudge:
             duration_s = said.duration_s
             said = self._task.rule(prompt, response_of(rollout), said)
         return Feedback(
-            rollout_id=rollout_id, outcome=said.outcome, reward=said.reward, text=said.text, duration_s=duration_s
+            rollout_id=rollout_id,
+            outcome=said.outcome,
+            reward=said.reward,
+            text=said.text,
+            duration_s=duration_s,
+            pass_fraction=said.pass_fraction,
+            vote=said.vote,
         )
 
     def _check_share(self, feedback: Sequence[Feedback], errors: Sequence[SandboxUnavailable]) -> None:

@@ -149,6 +149,8 @@ def _count_examples(totals: Totals, step: int, examples: Sequence[Example]) -> N
                 totals.add(f"feedback/{outcome}_frac", float(feedback.outcome is outcome))
         if feedback.reward is not None:
             totals.add("feedback/reward", feedback.reward)
+        if feedback.pass_fraction is not None:
+            totals.add("feedback/pass_fraction", feedback.pass_fraction)
 
         totals.add("teacher/has_context_frac", float(context is not None))
         totals.add("teacher/demonstration_frac", float(context is not None and context.demonstration is not None))

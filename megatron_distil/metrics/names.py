@@ -62,7 +62,12 @@ SENTENCE_BY_NAME: Mapping[str, str] = {
     "feedback/mixed_frac": "Share of the prompts with rollouts that passed and rollouts that did not.",
     "feedback/duration_s": "Time of one judgement.",
     "feedback/duration_max_s": "Longest judgement of the step.",
+    "feedback/pass_fraction": "Share of a program's tests that passed, mean over the judged rollouts.",
+    "feedback/seat_s": "Wait of a program for a free worker of any sandbox, here.",
+    "feedback/queue_s": "Wait of a program for a worker in its sandbox.",
+    "feedback/run_s": "Run of a program on its tests.",
     "feedback/retries": "Programs that were sent to a sandbox again.",
+    "feedback/unavailable": "Requests that a sandbox did not answer with a verdict.",
     # Trainer and engines.
     "sync/logprob_gap_nats": "Trainer against engine on the sampled tokens, mean absolute difference.",
     "sync/logprob_gap_max_nats": "Largest such difference of the step.",
@@ -98,17 +103,30 @@ TOTALS = frozenset(
         "loss/tokens",
         "loss/without_verdict",
         "feedback/retries",
+        "feedback/unavailable",
         "rollout/count",
         "rollout/retries",
         "sync/admitted",
     }
 )
-"""Counted once each and never divided."""
+"""Counted once each and never divided; ``is_total`` knows those of single services as well."""
 
 _SET = r"eval/([a-z0-9]+_)*?"
+_AT = r"feedback/at_(?P<name>[a-z0-9_]+)_"
+_COUNTED_AT = re.compile(_AT + r"(retries|unavailable)")
 PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(_AT + r"queue_s"), "Wait of a program for a worker of {name}."),
+    (re.compile(_AT + r"run_s"), "Run of a program on its tests at {name}."),
+    (re.compile(_AT + r"retries"), "Programs that were sent to {name} after another attempt."),
+    (re.compile(_AT + r"unavailable"), "Requests that {name} did not answer with a verdict."),
     (re.compile(_SET + r"avg_at_(?P<n>\d+)"), "Held-out prompts: share of {n} responses that passed."),
     (re.compile(_SET + r"pass_at_(?P<n>\d+)"), "Held-out prompts: chance that one of {n} responses passes."),
+    (
+        re.compile(_SET + r"best_at_(?P<n>\d+)"),
+        "Held-out prompts: best reward of {n} responses, drawn with replacement.",
+    ),
+    (re.compile(_SET + r"maj_at_(?P<n>\d+)"), "Held-out prompts: reward of the most frequent of {n} responses."),
+    (re.compile(_SET + r"pass_fraction"), "Held-out prompts: share of a program's tests that passed."),
     (re.compile(_SET + r"response_tokens"), "Held-out prompts: length of a response."),
     (re.compile(_SET + r"truncated_frac"), "Held-out prompts: share of the responses that were cut."),
     (re.compile(_SET + r"unavailable_frac"), "Held-out prompts: share of the responses without a verdict."),
@@ -116,6 +134,16 @@ PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(_SET + r"first_road_share"), "Held-out prompts: share of the responses that take the first road."),
     (re.compile(r"eval/[a-z0-9]+(_[a-z0-9]+)*"), "Held-out prompts: a measure of the task, mean over responses."),
 )
+
+
+def is_total(name: str) -> bool:
+    """Whether a metric is counted once each and never divided."""
+    return name in TOTALS or _COUNTED_AT.fullmatch(name) is not None
+
+
+def metric_part(name: str) -> str:
+    """The name of a service as a part of the name of a metric."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "unnamed"
 
 
 def sentence(name: str) -> str:

@@ -53,13 +53,13 @@ class Totals:
         return name in self._sums or name in self._maxima
 
     def means(self) -> Mapping[str, float]:
-        """Sums divided by their counts, ``names.TOTALS`` as they are, and maxima; sorted by name.
+        """Sums divided by their counts, totals (``names.is_total``) as they are, and maxima; sorted by name.
 
         What was never counted has no mean.
         """
         values = dict(self._maxima)
         for name, (total, count) in self._sums.items():
-            if name in names.TOTALS:
+            if names.is_total(name):
                 values[name] = total
             elif count:
                 values[name] = total / count

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import megatron_distil.tasks
+from megatron_distil.config.schema import TaskConfig
 from megatron_distil.errors import ConfigError, DataError, Problem
 from megatron_distil.types import Outcome, Program, Prompt, RunResult
 
 Row = Mapping[str, object]
 """One row of a data set."""
 
-_OTHER_MODULES = ("task", "tiny_model", "prepare")
+_OTHER_MODULES = ("task", "tiny_model", "prepare", "livecodebench_data")
 
 
 class Response(NamedTuple):
@@ -39,6 +40,10 @@ class Ruling:
     """[0, 1]"""
     text: str
     """What the teacher may read; empty if there is nothing to say."""
+    pass_fraction: float | None = None
+    """[0, 1] tests that passed, of all; None: a response is not judged by tests."""
+    vote: str = ""
+    """What maj@k counts: equal for responses that say the same. Empty: it has no vote."""
 
 
 class RowProblem(NamedTuple):
@@ -121,6 +126,25 @@ class ReferenceTask(Task, Protocol):
     def reference(self, prompt: Prompt) -> str | None:
         """The solution, as a response without its stop token; None: this row has none."""
         ...
+
+
+@runtime_checkable
+class ConfigurableTask(Task, Protocol):
+    """A task that has settings beside its name."""
+
+    def configured(self, settings: TaskConfig) -> Task:
+        """The task under ``[task]`` of a recipe."""
+        ...
+
+
+def task_of(settings: TaskConfig) -> Task:
+    """The task that a recipe asks for.
+
+    Raises:
+        ConfigError: there is none of that name; the error lists those there are.
+    """
+    task = task_by_name(settings.name)
+    return task.configured(settings) if isinstance(task, ConfigurableTask) else task
 
 
 def task_names() -> list[str]:

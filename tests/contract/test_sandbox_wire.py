@@ -6,6 +6,7 @@ import asyncio
 import copy
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import pytest
 
 from megatron_distil.errors import DistilError, SandboxRefused, SandboxUnavailable
 from megatron_distil.feedback import wire
-from megatron_distil.types import Case, CaseResult, Program, RunResult, Verdict
-from sandbox import judge, limits, probe, request, service, store
+from megatron_distil.types import Case, CaseFile, CaseResult, FeedbackOptions, Program, RunResult, Verdict
+from sandbox import feedback, judge, limits, probe, request, service, store
 from sandbox.executor import Task, WorkerFault
 from sandbox.interpreter import Interpreter
 
@@ -29,6 +30,16 @@ FUNCTIONAL = Program(
 )
 
 
+STORED = Program(
+    code="print(1)",
+    case_file=CaseFile("/data/tests/x.json", "4f53cda18c2baa0c0354bb5f9a3ecbe5ed12ab4d8e11ba873c2f11161202b945", 3),
+    memory_bytes=2**30,
+    stop_after=2,
+    profile="sdpo",
+    feedback=FeedbackOptions(1, 500, False),
+)
+
+
 def golden(name: str) -> Any:
     return json.loads((FOLDER / f"{name}.json").read_text())
 
@@ -37,6 +48,27 @@ def golden(name: str) -> Any:
 def test_the_trainer_sends_the_golden_requests() -> None:
     assert wire.request_of(STDIN, "7/p3/0", test_timeout_s=9.0) == golden("request")
     assert wire.request_of(FUNCTIONAL, "7/p4/1", test_timeout_s=6.0) == golden("request_functional")
+    stored = wire.request_of(STORED, "7/p5/2", test_timeout_s=6.0, deadline_s=59.5)
+    assert stored == golden("request_stored")
+
+
+def test_a_run_that_was_cut_short_has_failed_as_often_as_it_may() -> None:
+    reply = golden("reply_failed") | {"id": "7/p5/2", "total": 3}
+    with pytest.raises(SandboxRefused, match="1 results of 3 tests, 1 failed"):
+        wire.result_of(reply, STORED, request_id="7/p5/2", service="s")
+    once = replace(STORED, stop_after=1)
+    assert len(wire.result_of(reply, once, request_id="7/p5/2", service="s").tests) == 1
+
+
+def test_the_trainer_reads_the_golden_capabilities() -> None:
+    versions = {"python": "3.11.2", "code": "0f3a"}
+    assert wire.capabilities_of(golden("capabilities"), service="s") == wire.Capabilities(2, 4, versions)
+
+
+@pytest.mark.parametrize("payload", [b"", b"[]", b"3", b"x", b'{"error": 1}', b'{"error": {"code": []}}', b"[" * 99999])
+def test_a_refusal_of_another_form_has_no_code(payload: bytes) -> None:
+    assert wire.refusal_of(payload).retry_after_s == 0.0
+    assert wire.refusal_of(payload).code != wire.TESTS_UNKNOWN
 
 
 def test_the_trainer_reads_the_golden_replies() -> None:
@@ -48,6 +80,8 @@ def test_the_trainer_reads_the_golden_replies() -> None:
         feedback="",
         duration_s=0.0131,
         isolation=2,
+        queue_s=0.0001,
+        outputs_digest="da1b3276fc88d02e2d04ac10331f80162b4e5bb6450f0790d7ae6e773e2f3ff5",
     )
     failed = wire.result_of(golden("reply_failed"), FUNCTIONAL, request_id="7/p4/1", service="s")
     assert (failed.tests[0].verdict, failed.tests[0].exit_code, failed.isolation) == (Verdict.RUNTIME_ERROR, -11, 1)
@@ -69,6 +103,9 @@ def test_a_fault_of_the_sandbox_is_unavailable_and_never_a_result() -> None:
         (("tests",), [], "0 results of 2 tests"),
         (("tests",), None, "tests is 'None'"),
         (("ran",), 1, "number of results"),
+        (("total",), 3, "number of tests"),
+        (("outputs_digest",), None, "outputs_digest"),
+        (("queue_s",), "soon", "queue_s"),
         (("tests", 0, "verdict"), "excellent", "unknown verdict 'excellent'"),
         (("tests", 0, "verdict"), "ran", "ran where an answer was expected"),
         (("tests", 1, "verdict"), "passed", "passed where no answer was expected"),
@@ -107,6 +144,11 @@ def test_the_sandbox_reads_the_golden_requests() -> None:
     assert (parsed.id, parsed.code, parsed.mode) == ("7/p3/0", STDIN.code, "stdin")
     assert parsed.tests == (("1\n", "2"), ("5\n", None))
     assert (parsed.limits["cpu_s"], parsed.limits["idle_s"], parsed.limits["wall_s"]) == (2.5, 5.0, 35.0)
+    stored = request.parse(
+        golden("request_stored"), stored=lambda _: request.parse_tests([{"input": "", "output": "1"}] * 3)
+    )
+    assert (len(stored.tests), stored.stop_after, stored.profile, stored.deadline_s) == (3, 2, "sdpo", 59.5)
+    assert (stored.limits["memory_bytes"], stored.feedback) == (2**30, feedback.Options(1, 500, False, "sdpo"))
     functional = request.parse(golden("request_functional"))
     assert (functional.function, functional.has_prelude, functional.stop_after) == ("add", True, 1)
 

@@ -5,7 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_distil.config.check import PROGRAM_TASKS, reference_task_names, sequence_multiple, task_names
+from megatron_distil.config.check import (
+    CONFIGURABLE_TASKS,
+    PROGRAM_TASKS,
+    reference_task_names,
+    sequence_multiple,
+    task_names,
+)
 from megatron_distil.config.load import load_config
 from megatron_distil.config.schema import ParallelConfig
 from megatron_distil.errors import ConfigError
@@ -353,6 +359,14 @@ def test_the_tasks_that_run_programs_are_those_that_say_so():
         task = tasks.task_by_name(name)
         row = task.example
         prompt = Prompt(prompt_id="p", text=task.prompt_text(row), token_ids=empty, task=row)
-        if isinstance(task.program(prompt, tasks.Response("x+1", is_complete=True)), Program):
+        asked = [
+            task.program(prompt, tasks.Response(text, is_complete=True)) for text in ("x+1", "```python\nprint(1)\n```")
+        ]
+        if any(isinstance(entry, Program) for entry in asked):
             found.add(name)
     assert found == PROGRAM_TASKS
+
+
+def test_the_tasks_with_settings_are_those_that_take_them():
+    found = {name for name in tasks.task_names() if isinstance(tasks.task_by_name(name), tasks.ConfigurableTask)}
+    assert found == CONFIGURABLE_TASKS
