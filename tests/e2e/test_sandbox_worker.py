@@ -254,6 +254,10 @@ def test_many_tests_leave_no_descriptor_mount_or_process_behind() -> None:
     assert before == after
 
 
+def mounts_of(pid: int) -> int:
+    return len(Path(f"/proc/{pid}/mountinfo").read_text().splitlines())
+
+
 @needs_2
 def test_a_new_keeper_takes_away_what_the_one_before_has_mounted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executor, "RUNS_PER_KEEPER", 2)
@@ -264,7 +268,7 @@ def test_a_new_keeper_takes_away_what_the_one_before_has_mounted(monkeypatch: py
             for _ in range(2):
                 await worker.run(Task(code="open('f', 'w').write('x')", input=""))
             (zygote,) = children(worker.process.pid)
-            seen.append(len(Path(f"/proc/{zygote}/mountinfo").read_text().splitlines()))
+            seen.append(mounts_of(zygote))
         return seen
 
     seen = with_worker(mounts)
