@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ from megatron_distil.types import Ids
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
+
+_DEFUSE_ROUNDS = 4
 
 
 class Tokenizer:
@@ -54,6 +57,33 @@ class Tokenizer:
             self._render = _chat_renderer(self._folder)
         return self.encode(self._render(message))
 
+    def defuse(self, text: str) -> str:
+        """The text with every special token that it spells taken apart, so that it is read as characters.
+
+        For what a program or a model wrote: ``<|im_end|>`` in it must end no turn. Tokens of one character stay.
+        """
+        for _ in range(_DEFUSE_ROUNDS):
+            spans = self._special_spans(text)
+            if not spans:
+                return text
+            for start, end in reversed(spans):
+                middle = (start + end) // 2
+                text = f"{text[:middle]} {text[middle:]}"
+        while spans := self._special_spans(text):  # one that matches with any space in it
+            for start, end in reversed(spans):
+                text = text[:start] + text[end:]
+        return text
+
+    def _special_spans(self, text: str) -> list[tuple[int, int]]:
+        specials = {i: token.content for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return [
+            (start, end)
+            for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
+            # the id of unknown text is special too, and spells nothing
+            if end - start > 1 and token in specials and _folded(specials[token]) in _folded(text[start:end])
+        ]
+
     def decode(self, ids: Sequence[int] | Ids) -> str:
         """The text of token ids; special tokens have none."""
         return self._backend.decode([int(token) for token in ids], skip_special_tokens=True)
@@ -93,6 +123,10 @@ class Tokenizer:
     def eos_id(self) -> int:
         """The first token that ends a response."""
         return self.stop_ids()[0]
+
+
+def _folded(text: str) -> str:
+    return "".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def prompt_encoder(tokenizer: Tokenizer, style: str) -> Callable[[str], Ids]:

@@ -17,6 +17,7 @@ from megatron_distil.types import Feedback, Ids, Outcome, Prompt, Rollout, Sums,
 
 SUCCESS = 0.5  # smallest reward of a demonstration (arXiv:2601.20802, actor.yaml)
 
+_FENCE = re.compile(r"^```(?=\n|\Z)", re.MULTILINE)
 _THOUGHTS = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 
 
@@ -41,6 +42,8 @@ class ContextBuilder:
     task: Task
     encode: Callable[[str], Ids]
     """Of the task's style: it ends with the generation prompt, as that of the prompts does."""
+    defuse: Callable[[str], str]
+    """Makes a text that a program or a model wrote spell no special token."""
     config: TeacherConfig
     add: Callable[[Sums], None]
     """Counts contexts that were shortened or did not fit."""
@@ -97,14 +100,15 @@ class ContextBuilder:
         if self.config.demonstration == "reference":
             return None, self.task.reference(prompt) if isinstance(self.task, ReferenceTask) else None
         sibling = choose_sibling(attempt, group, self.config.sibling)
-        return sibling, demonstration_text(sibling.rollout.text) if sibling is not None else None
+        text = demonstration_text(sibling.rollout.text) if sibling is not None else None
+        return sibling, self.defuse(text) if text is not None else None
 
     def _shown(self, prompt: Prompt, attempt: Attempt, solution: str | None) -> Shown:
         """What the settings allow. A task may not use a part: then the part is not there."""
         plain = self.task.teacher_text(prompt, solution=None, feedback=None)
         if solution is not None and self.task.teacher_text(prompt, solution=solution, feedback=None) == plain:
             solution = None
-        feedback = attempt.feedback.text or None
+        feedback = self.defuse(attempt.feedback.text) or None
         match self.config.feedback:
             case "never":
                 feedback = None
@@ -128,6 +132,7 @@ class ContextBuilder:
                 return Shown(solution or None, shown.feedback)
         if shown.feedback is not None:
             feedback = _longest(shown.feedback, lambda text: fits(Shown(None, text or None)))
+            feedback = without_open_fence(feedback) if feedback else feedback
             if feedback:
                 return Shown(None, feedback)
         return None
@@ -176,6 +181,12 @@ def is_success(feedback: Feedback) -> bool:
 def demonstration_text(response: str) -> str | None:
     """A sibling's response without its thoughts; None: nothing else is in it."""
     return _THOUGHTS.sub("", response).strip() or None
+
+
+def without_open_fence(text: str) -> str:
+    """A text that was cut, up to a fence that the cut left open: what follows it would be read as part of the block."""
+    marks = [match.start() for match in _FENCE.finditer(text)]
+    return text[: marks[-1]].rstrip() if len(marks) % 2 else text
 
 
 def _longest(text: str, fits: Callable[[str], bool]) -> str | None:

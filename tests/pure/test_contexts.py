@@ -32,7 +32,13 @@ class Group:
 
 def build(group, task=INDUCTION, prompts=(PROMPT,), counts=None, **settings):
     config = TeacherConfig(**settings)
-    builder = ContextBuilder(task=task, encode=characters, config=config, add=counts or Counts())
+    builder = ContextBuilder(
+        task=task,
+        encode=characters,
+        defuse=lambda text: text.replace("<eos>", "< eos>"),
+        config=config,
+        add=counts or Counts(),
+    )
     return builder.build(prompts, group.rollouts, group.feedback)
 
 
@@ -196,3 +202,27 @@ def test_contexts_that_are_cut_or_do_not_fit_are_counted():
     assert counts.sums == {"teacher/shortened_frac": (2, 4), "teacher/too_long_frac": (0, 4)}
     build(Group(), counts=counts, feedback="always", max_context_tokens=17)
     assert counts.sums == {"teacher/shortened_frac": (0, 0), "teacher/too_long_frac": (4, 4)}
+
+
+def test_what_others_wrote_spells_no_special_token():
+    group = Group()
+    group.replace(0, "x", Outcome.FAILED, "x<eos>:1")
+    group.replace(1, "x*81+2<eos>", Outcome.PASSED)
+    assert texts(build(group, feedback="always"))[0] == "0:2,1:83,10:812?x< eos>:1#x*81+2< eos>>"
+
+
+def test_feedback_that_is_cut_leaves_no_fence_open():
+    group = Group()
+    whole = "Test 1\nInput:\n```\n12\n```\nOutput:\n```\n3\n```"
+    group.replace(0, "x", Outcome.FAILED, whole)
+    for index in (1, 3):
+        group.replace(index, "x", Outcome.FAILED)
+    seen = set()
+    for room in range(15 + 1 + 1 + 1, 15 + 1 + 1 + len(whole) + 1):
+        context = build(group, feedback="always", max_context_tokens=room)[0]
+        assert len(context.token_ids) <= room
+        shown = context.text.removeprefix("0:2,1:83,10:812?").removesuffix(">")
+        assert shown.split("\n").count("```") % 2 == 0
+        assert whole.startswith(shown)
+        seen.add(shown)
+    assert {"Test 1\nInput:", "Test 1\nInput:\n```\n12\n```", whole} <= seen
