@@ -13,9 +13,9 @@ class Program(NamedTuple):
 
 
 FAMILIES = {
-    "sum in a loop": "s = 0\nfor i in range({n} * 300): s += i * i % 7\nprint(s)",
+    "sum in a loop": "s = 0\nfor i in range({n} * 1500): s += i * i % 7\nprint(s)",
     "sieve": """
-n = {n} * 300
+n = {n} * 1500
 sieve = bytearray([1]) * (n + 1)
 for p in range(2, int(n ** .5) + 1):
     if sieve[p]: sieve[p * p :: p] = bytes(len(range(p * p, n + 1, p)))
@@ -38,7 +38,7 @@ while queue:
 print(len(seen), max(seen.values()))""",
     "shortest paths": """
 import heapq
-n = {n} * 4
+n = {n} * 10
 graph = [[((i * 31 + 7) % n, i % 11 + 1), ((i * 17 + 3) % n, i % 5 + 2), ((i + 1) % n, 9)] for i in range(n)]
 far = [10 ** 9] * n; far[0] = 0; heap = [(0, 0)]
 while heap:
@@ -61,14 +61,14 @@ def f(n): return 0 if n == 0 else f(n - 1) + n % 3
 t = threading.Thread(target=lambda: print(f({n} * 20))); t.start(); t.join()""",
     "a thread that computes": """
 import threading
-def work(): print(sum(i * i % 7 for i in range({n} * 200)))
+def work(): print(sum(i * i % 7 for i in range({n} * 1000)))
 t = threading.Thread(target=work); t.start(); t.join()""",
     "four threads and a lock": """
 import threading
 total, lock = 0, threading.Lock()
 def work(k):
     global total
-    part = sum(i % (k + 2) for i in range({n} * 60))
+    part = sum(i % (k + 2) for i in range({n} * 300))
     with lock: total += part
 threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
 for t in threads: t.start()
@@ -76,7 +76,7 @@ for t in threads: t.join()
 print(total)""",
     "a thread pool": """
 from concurrent.futures import ThreadPoolExecutor
-def work(k): return sum(i * k % 11 for i in range({n} * 25))
+def work(k): return sum(i * k % 11 for i in range({n} * 120))
 with ThreadPoolExecutor(4) as pool: print(*pool.map(work, range(8)))""",
     "producer and consumer": """
 import queue, threading
@@ -104,11 +104,11 @@ print(*(f"{{w}}:{{c}}" for w, c in sorted(Counter(words).items(), key=lambda p: 
     "seeded random numbers": """
 import random
 random.seed({n})
-print(sum(random.random() < .5 for _ in range({n} * 200)), random.sample(range(1000), 5))""",
+print(sum(random.random() < .5 for _ in range({n} * 600)), random.sample(range(1000), 5))""",
     "large integers": "x = 3 ** ({n} * 12)\nprint(len(str(x)), x % 1000000007, sum(map(int, str(x))))",
     "decimals": "from decimal import Decimal, getcontext\ngetcontext().prec = {n}\nprint(Decimal(2).sqrt() + Decimal(1) / 7)",
     "long output": "import sys\nsys.stdout.write('\\n'.join(f'{{i}} {{i * i}}' for i in range({n} * 30)))",
-    "sorting": "data = [(i * 7919) % 100003 for i in range({n} * 120)]\ndata.sort(key=lambda v: (v % 97, -v))\nprint(data[:5], data[-5:])",
+    "sorting": "data = [(i * 7919) % 100003 for i in range({n} * 300)]\ndata.sort(key=lambda v: (v % 97, -v))\nprint(data[:5], data[-5:])",
     "regular expressions": """
 import re
 text = ' '.join(f'a{{i % 13}}b{{i % 7}}' for i in range({n} * 20))
