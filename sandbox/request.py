@@ -241,6 +241,7 @@ def _feedback(value: Any, profile: str) -> feedback.Options:
         max_chars=max_chars,
         show_expected=_flag(value, "show_expected", defaults.show_expected, "feedback."),
         profile=_choice(value, "profile", judge.PROFILES, profile, "feedback."),
+        layout=_choice(value, "layout", feedback.LAYOUTS, defaults.layout, "feedback."),
     )
 
 
