@@ -199,7 +199,7 @@ CONTESTS: tuple[Contest, ...] = (
         others=(
             Attempt("import sys\nsys.exit(3)", FAILED, "Runtime Error", 0.0),
             Attempt("print(len(input()))", FAILED, "Wrong Answer", 0.0),
-            Attempt("import os\nos.kill(os.getpid(), 11)", FAILED, "Runtime Error", 0.0),
+            Attempt("import ctypes\nctypes.string_at(0)", FAILED, "Runtime Error", 0.0),
         ),
     ),
     Contest(
