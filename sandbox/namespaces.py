@@ -40,7 +40,8 @@ def enter(read_only: Iterable[str], proc: int, without: Container[str]) -> int |
     linux.unshare(sum(flag for name, flag in FLAGS.items() if name not in without))
     write_id_maps(uid, gid)
     if "namespaces.uts" not in without:
-        socket.sethostname(HOST_NAME)  # the new namespace starts with the host's
+        with suppress(PermissionError):  # containers deny it to those without capabilities; there the name is their own
+            socket.sethostname(HOST_NAME)  # the new namespace starts with the host's
     namespace = None if "namespaces.pid" in without else _become_first(proc)
     if "namespaces.mount" not in without:
         build_root(NEW_ROOT, read_only)
