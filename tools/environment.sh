@@ -1,10 +1,12 @@
 # Sourced by the tools. `use trainer`, `use trainer server`: makes the environments when they are missing, enters the first.
+# `wish launch`: makes it when it is missing; where that fails, what needs it is skipped.
 #
 # An environment holds dependencies only and lies outside the clone, named after its pins: clones with the same pins share
 # it, the code comes by PYTHONPATH. It counts when its file `complete` is there, which is written last.
 #
 #   DISTIL_PYTHON         interpreter to build with; default: python3.11, python3.12 or python3, the first that fits
 #   DISTIL_SERVER_PYTHON  interpreter of the SGLang server, for those who have one already; set for whoever starts servers
+#   DISTIL_LAUNCH_PYTHON  interpreter with nemo-run, likewise
 #   XDG_CACHE_HOME        where environments lie (in megatron_distil/envs), default ~/.cache
 
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -55,7 +57,7 @@ fill_env() {  # fill_env NAME PATH PYTHON
     local pins=$REPO/tools/requirements/$1
     rm -rf "$2"
     "$3" -m venv "$2"
-    if [ ! -e /dev/nvidiactl ] && command -v uv >/dev/null; then
+    if grep -q '^torch==' "$pins.txt" && [ ! -e /dev/nvidiactl ] && command -v uv >/dev/null; then
         # the CPU build of torch where no GPU is: a third of the download. Below, the user's own pip settings decide.
         uv pip install --python "$2/bin/python" --torch-backend=cpu torch==2.13.0 || echo "uv failed; pip will do it"
     fi
@@ -85,6 +87,12 @@ make_env() {  # make_env NAME: afterwards find_env NAME prints something
     exec 9>&-
 }
 
+wish() {
+    if [ -z "${DISTIL_LAUNCH_PYTHON:-}" ] && [ -z "$(find_env "$1")" ]; then
+        (make_env "$1") || echo "going on without the $1 environment" >&2
+    fi
+}
+
 use() {
     local name first groups=()
     set -m  # each installation in a process group of its own, so that Ctrl-C ends pip as well
@@ -104,6 +112,10 @@ use() {
     if [ -z "${DISTIL_SERVER_PYTHON:-}" ] && [ -n "$(find_env server)" ]; then
         DISTIL_SERVER_PYTHON=$(find_env server)/bin/python
         export DISTIL_SERVER_PYTHON
+    fi
+    if [ -z "${DISTIL_LAUNCH_PYTHON:-}" ] && [ -n "$(find_env launch)" ]; then
+        DISTIL_LAUNCH_PYTHON=$(find_env launch)/bin/python
+        export DISTIL_LAUNCH_PYTHON
     fi
     unset PYTHONHOME
 }
