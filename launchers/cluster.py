@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails
 from megatron_distil.config.load import Assignment, assign, read_assignment
 from megatron_distil.config.schema import Count, Section
 from megatron_distil.errors import MISSING, ConfigError, Problem
+from megatron_distil.sizing import GPUS
 
 CLUSTERS = Path(__file__).parent / "clusters"
 ROLES = ("trainer", "rollout", "teacher", "sandbox")
@@ -63,6 +64,8 @@ class Cluster(Section):
     """How often the batch shell looks whether a role has ended."""
     gpus_per_node: Whole = 8
     """0: a cluster without GPUs."""
+    gpu: str = ""
+    """Their kind, so that a plan that does not fit their memory is refused; empty: nobody asks."""
     processes_per_node: Whole = 0
     """Ranks or shares of servers that a node takes; 0: one for each GPU."""
     max_nodes: Whole = 0
@@ -229,7 +232,12 @@ def _variables(cluster: Cluster) -> Iterator[Problem]:
                 yield Problem(path, value, reason, f"Try {re.sub('[^A-Z0-9_]', '_', name.upper())}.")
             if _SECRET_NAME.search(name) or _SECRET_VALUE.search(value):
                 reason = "looks like a secret, and would stand in scripts and logs"
-                yield Problem(path, MISSING, reason, f'Export it in the shell and write secrets.{role} = ["{name}"].')
+                yield Problem(
+                    path,
+                    MISSING,
+                    reason,
+                    f'Export it in the shell and write secrets.{role if role in ROLES else "trainer"} = ["{name}"].',
+                )
             elif "\n" in value or "\0" in value:
                 yield Problem(path, value, "has a line break", "Write it in one line.")
     for role, names in cluster.secrets.items():
@@ -253,6 +261,9 @@ def _job(cluster: Cluster) -> Iterator[Problem]:
     if not cluster.slots:
         reason = "a node without GPUs takes as many processes as it is said to"
         yield Problem("processes_per_node", 0, reason, "Try 4.")
+    if cluster.gpu and cluster.gpu not in GPUS:
+        reason = "its memory is not known"
+        yield Problem("gpu", cluster.gpu, reason, f"Use {', '.join(GPUS)}, or leave it out.")
     for flag, value in cluster.sbatch.items():
         if flag in _OWN_FLAGS:
             yield Problem(f"sbatch.{flag}", value, "is decided by the launcher", _OWN_FLAGS[flag])
@@ -301,6 +312,9 @@ def _paths(cluster: Cluster) -> Iterator[Problem]:
     for path, value in paths.items():
         if value and not value.startswith("/"):
             yield Problem(path, value, "not an absolute path", f"Try /{value.lstrip('./')}.")
+        elif path == "shared" and re.search(r"[^\w./-]", value):
+            reason = "has characters other than letters, digits and _ . / -, which nemo-run would not quote"
+            yield Problem(path, value, reason, "Try a link without them.")
         elif re.search(r"[:,\s]", value) and path.startswith("mounts"):
             yield Problem(path, value, "a mount cannot have spaces, commas or colons in its path", "Rename the folder.")
 

@@ -269,7 +269,7 @@ def _roles(config: Config, cluster: Cluster, run: Run, seats: Layout) -> Iterato
             needs_timeout_s=config.rollout.start_timeout_s,
             script=_script(role, cluster, run),
             srun_args=_srun_args(role, span.nodes, span.first, cluster),
-            env=dict(cluster.env.get("all", {})),
+            env=cluster.env_of("all"),
             image=cluster.image_of(role) if cluster.runtime == "pyxis" else "",
             mounts=tuple(f"{outside}:{inside}" for outside, inside in cluster.mounts.items()),
             container_env=(*sorted(cluster.env.get("all", {})), *cluster.secrets.get(role, ())),

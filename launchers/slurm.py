@@ -110,6 +110,14 @@ def _experiment(plan: ClusterPlan, home: Path) -> Iterator[Any]:
         yield experiment
 
 
+def quoted(value: str) -> str:
+    """A value for bash without a dollar sign of its own: nemo-run fills templates in values, and would take them for names."""
+    if "$" not in value:
+        return shlex.quote(value)
+    escaped = value.replace("\\", r"\\").replace("'", r"\'").replace("$", r"\x24")
+    return f"$'{escaped}'"
+
+
 def _executors(run: Any, plan: ClusterPlan) -> list[Any]:
     """Each says the size of the whole allocation; where a role runs is said by its ``srun_args`` alone."""
     return [
@@ -130,7 +138,7 @@ def _executors(run: Any, plan: ClusterPlan) -> list[Any]:
             retries=plan.retries,
             additional_parameters={**plan.sbatch, "export": ",".join(plan.export)},
             job_name_prefix=f"{plan.name}.",
-            env_vars={name: shlex.quote(value) for name, value in role.env.items()},  # it writes them unquoted
+            env_vars={name: quoted(value) for name, value in role.env.items()},  # it writes them as they are
             packager=run.Packager(),
             tunnel=run.LocalTunnel(job_dir=""),
             wait_time_for_group_job=0,
