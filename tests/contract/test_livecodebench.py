@@ -78,8 +78,11 @@ def test_every_program_gets_its_verdict_reward_and_feedback(service: Service, da
         for contest in IN_WINDOW
         for sample, attempt in enumerate([Attempt(contest.right, Outcome.PASSED, "", 1.0), *contest.others])
     ]
+    attempts.sort(key=lambda entry: entry[2].outcome is Outcome.TIMEOUT)
     rollouts = [answer(attempt.code, name, sample) for name, sample, attempt in attempts]
-    feedback = judged(service, tmp_path, task, known, rollouts)
+    num_quick = sum(attempt.outcome is not Outcome.TIMEOUT for _, _, attempt in attempts)
+    feedback = judged(service, tmp_path, task, known, rollouts[:num_quick])
+    feedback += judged(service, tmp_path, task_of(data, stop_after=1), known, rollouts[num_quick:])
     wrong: list[str] = []
     right_votes = {name: said.vote for (name, sample, _), said in zip(attempts, feedback, strict=True) if sample == 0}
     for (name, sample, wanted), said in zip(attempts, feedback, strict=True):

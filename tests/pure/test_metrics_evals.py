@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from itertools import combinations
+from dataclasses import replace
+from itertools import combinations, product
 
 import pytest
 
 from megatron_distil.config.schema import EvalConfig, EvalSet
-from megatron_distil.evals import HeldOut, RunEvals, count, pass_at_k, tried
+from megatron_distil.evals import HeldOut, RunEvals, best_at_k, count, maj_at_k, pass_at_k, tried
 from megatron_distil.metrics.log import Outlets, RunLog
 from megatron_distil.metrics.reduce import Totals
 from megatron_distil.types import Feedback, FinishReason, Outcome, Prompt, Rollout
@@ -32,6 +33,73 @@ def test_pass_at_more_than_was_sampled_is_refused():
 
 def test_the_k_that_are_tried():
     assert [tried(n) for n in (1, 2, 6, 8)] == [[1], [2], [2, 4, 6], [2, 4, 8]]
+
+
+def best_by_enumeration(rewards: Sequence[float], k: int) -> float:
+    draws = list(product(rewards, repeat=k))
+    return sum(map(max, draws)) / len(draws)
+
+
+def majority_by_enumeration(votes: Sequence[str], rewards: Sequence[float], k: int) -> float:
+    """Over every draw with replacement; of several most frequent votes, the one that is drawn first."""
+    total = 0.0
+    draws = list(product(range(len(votes)), repeat=k))
+    for drawn in draws:
+        cast = [votes[index] for index in drawn]
+        most = max(map(cast.count, cast))
+        total += rewards[next(index for index in drawn if cast.count(votes[index]) == most)]
+    return total / len(draws)
+
+
+@pytest.mark.parametrize("rewards", [[1.0], [0.0, 1.0], [0.2, 0.9, 0.2], [1.0, 0.0, 0.0, 0.5, 0.0]])
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_best_at_k_is_the_mean_over_all_draws_with_replacement(rewards: list[float], k: int):
+    assert best_at_k(rewards, k) == pytest.approx(best_by_enumeration(rewards, k))
+
+
+@pytest.mark.parametrize(
+    ("votes", "rewards"),
+    [
+        ("a", [1.0]),
+        ("ab", [1.0, 0.0]),
+        ("aab", [1.0, 1.0, 0.0]),
+        ("abbc", [1.0, 0.0, 0.0, 0.0]),
+        ("aabbc", [1.0, 1.0, 0.0, 0.0, 0.5]),
+    ],
+)
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_maj_at_k_tends_to_the_mean_over_all_draws(votes: str, rewards: list[float], k: int):
+    exact = majority_by_enumeration(votes, rewards, k)
+    # 1000 draws of a number in [0, 1]: the standard error is .016 at most
+    assert maj_at_k(list(votes), rewards, k) == pytest.approx(exact, abs=0.05)
+    assert maj_at_k(list(votes), rewards, k) == maj_at_k(list(votes), rewards, k)
+
+
+def test_a_frequent_wrong_answer_beats_a_rare_right_one():
+    votes, rewards = ["right", *["wrong"] * 7], [1.0, *[0.0] * 7]
+    assert maj_at_k(votes, rewards, 8) < 0.1
+    assert best_at_k(rewards, 8) == pytest.approx(1 - (7 / 8) ** 8)
+    assert pass_at_k(8, 1, 8) == 1.0
+
+
+def test_votes_and_shares_are_counted_where_every_response_has_them():
+    def judged(vote: str) -> Mapping[str, float]:
+        rollouts, said = [], []
+        for sample, outcome in enumerate([PASSED, FAILED]):
+            one = rollout("a", sample)
+            rollouts.append(one)
+            reward = float(outcome is PASSED)
+            votes = {"vote": vote if sample else "v"} if vote else {}
+            said.append(replace(feedback(one, outcome, reward=reward), pass_fraction=(1 + reward) / 2, **votes))
+        totals = Totals()
+        count(totals, HeldOut(prefix="", prompts=[]), rollouts, said, num_samples=2)
+        return totals.means()
+
+    with_votes = judged("w")
+    assert with_votes["eval/pass_fraction"] == 0.75
+    assert with_votes["eval/best_at_2"] == 0.75
+    assert with_votes["eval/maj_at_2"] == pytest.approx(0.5, abs=0.05)
+    assert not {"eval/best_at_2", "eval/maj_at_2"} & set(judged(""))
 
 
 def test_a_set_is_counted_prompt_by_prompt():
