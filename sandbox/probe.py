@@ -17,10 +17,13 @@ from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 from sandbox import linux, namespaces
+from sandbox.box import Box, delegated
+from sandbox.cgroup import Group
 from sandbox.interpreter import UNPRIVILEGED
+from sandbox.limits import DEFAULTS
 
 LEVEL_NAMES = ("none", "confined", "namespaced", "namespaced+cgroup", "gvisor")
-HIGHEST = 2
+HIGHEST = 3
 """Of the levels that this service can run programs at."""
 _TIMEOUT_MS = 5000
 _ADVICE = {
@@ -29,7 +32,8 @@ _ADVICE = {
     2: "user namespaces: sysctl user.max_user_namespaces > 0, kernel.unprivileged_userns_clone=1 (Debian), "
     "kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu); in Docker or Kubernetes a seccomp profile that allows "
     "unshare, setns, mount, umount2, pivot_root and clone with namespace flags",
-    3: "nothing yet: this service does not put programs into cgroups",
+    3: "a directory of cgroup v2 that the service's user owns, named by SBX_CGROUP_ROOT, with memory, pids and cpu among "
+    "its controllers and no process of its own: the service runs in a leaf beside the boxes of its workers",
     4: "nothing yet: this service does not start gVisor",
 }
 
@@ -71,7 +75,7 @@ def probe() -> Probe:
     """Try everything. Takes well under a second where nothing hangs."""
     facts = {action.__name__.strip("_"): _attempt(action) for action in _PROBES}
     level = max(level for level in range(HIGHEST + 1) if not _missing(facts, level))
-    missing = _missing(facts, level + 1) if level < HIGHEST else {"cgroups": "not used by this version"}
+    missing = _missing(facts, level + 1) if level < HIGHEST else {"gvisor": "not used by this version"}
     return Probe(level, missing, facts, platform.release(), platform.machine(), os.getuid())
 
 
@@ -200,6 +204,21 @@ def _seccomp() -> None:
     raise RuntimeError("the filter did not deny")
 
 
+def _cgroup_v2() -> str:
+    """A box, and in it a group that takes a process and lets it go."""
+    parent = delegated()
+    box = Box(parent)
+    try:
+        fd = box.open()
+        group = Group(fd, "test", DEFAULTS)
+        group.cpu_s()
+        group.close()
+        os.close(fd)
+    finally:
+        box.remove()
+    return parent
+
+
 def _schedstat() -> None:
     """Needed for no level: without it the time that a program waits for a core counts as idle."""
     with open("/proc/self/schedstat") as file:
@@ -220,22 +239,25 @@ _PROBES = (
     _ipc_and_uts_namespaces,
     _landlock,
     _seccomp,
+    _cgroup_v2,
     _schedstat,
     _pidfd,
+)
+_NAMESPACED = (  # Landlock is not among them: the root of a mount namespace hides the files too
+    "seccomp",
+    "pidfd",
+    "user_namespace",
+    "mount_in_userns",
+    "pid_namespace",
+    "nested_pid_namespace",
+    "net_namespace",
+    "ipc_and_uts_namespaces",
 )
 _NEEDED = {
     0: (),
     1: ("seccomp", "pidfd", "landlock"),
-    2: (  # Landlock is not among them: the root of a mount namespace hides the files too
-        "seccomp",
-        "pidfd",
-        "user_namespace",
-        "mount_in_userns",
-        "pid_namespace",
-        "nested_pid_namespace",
-        "net_namespace",
-        "ipc_and_uts_namespaces",
-    ),
+    2: _NAMESPACED,
+    3: (*_NAMESPACED, "cgroup_v2"),
 }
 
 if __name__ == "__main__":
