@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import resource
+import signal
 from collections.abc import Callable
 
 from sandbox.languages import LANGUAGES, Language
@@ -59,6 +60,8 @@ def execute(name: str, program: str, result: int) -> None:
     else:
         _write(language.source, program.encode("utf-8", "surrogateescape"), 0o600)
     _limit_stack(language)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and a program would inherit that
+        signal.signal(number, signal.SIG_DFL)
     os.set_inheritable(result, False)
     os.execve(language.run[0], language.run, ENVIRONMENT)
 

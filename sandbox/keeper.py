@@ -104,6 +104,7 @@ class Keeper:
         outputs = [os.memfd_create(name, os.MFD_CLOEXEC) for name in ("stdout", "stderr", "result")]
         ready, ready_child = os.pipe()  # the child writes one byte when it is fully confined
         gate, gate_keeper = os.pipe()  # the child waits until it is in its control group
+        init = _start_init() if may_fork and self._room.pid_namespace is not None else None
         started = time.monotonic()
         pid = os.fork()
         if pid == 0:
@@ -120,6 +121,9 @@ class Keeper:
         finally:
             os.close(pidfd)
         _, status, usage = os.wait4(pid, 0)
+        if init is not None:  # its end is that of its namespace
+            os.kill(init, signal.SIGKILL)
+            os.waitpid(init, 0)
         record: dict[str, object] = {
             "exit": os.waitstatus_to_exitcode(status),  # negative: killed by that signal
             "stopped_by": clocks.stopped_by,  # None, cpu, idle, wall, cancelled
@@ -319,6 +323,22 @@ class Keeper:
             self._room.filters[may_fork].enforce()
         else:
             linux.Seccomp(linux.build_filter(os.getpid())).enforce()
+
+
+def _start_init() -> int:
+    """A process 1 that only reaps: as process 1, a program would ignore its own signals, and abort as if by a fault."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        os.closerange(0, MAX_FD)
+        linux.drop_capabilities()
+        while True:
+            signal.pause()
+    finally:
+        _exit(1)
 
 
 def _exceeded(limits: dict[str, float], *, cpu: float, wall: float, idle: float) -> str | None:

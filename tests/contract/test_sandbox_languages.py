@@ -10,6 +10,7 @@ import pytest
 
 from sandbox import feedback, interpreter, judge, languages, limits, probe
 from sandbox.executor import Task, Worker
+from tests.sandbox_service import descendants
 
 AVAILABLE = languages.available(probe.probe().level)
 LIMITS = limits.complete({"cpu_s": 4.0, "idle_s": 8.0})
@@ -31,7 +32,7 @@ CPP = {
         "memory_limit",
     ),
     "floods": (
-        '#include <cstdio>\nint main() { while (puts("xxxxxxxxxxxxxxxxxxxxxxxxxxxxxx") >= 0); }',
+        '#include <cstdio>\nint main() { for (;;) puts("xxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"); }',
         "output_limit",
     ),
 }
@@ -43,7 +44,7 @@ JAVASCRIPT = {
     "takes 2 GiB": ("const all = []; for (;;) all.push(new Array(1e6).fill(1))", "memory_limit"),
 }
 RAW = """
-#include <cerrno>
+#include <csignal>
 #include <cstdio>
 #include <cstring>
 #include <fcntl.h>
@@ -62,6 +63,7 @@ int main() {
         if (open(path, O_RDONLY) >= 0) printf("BREACH read %s\\n", path);
     for (const char* path : {"/x", "/usr/x", "/dev/x", "/lib/x", "/usr/bin/x"})
         if (open(path, O_WRONLY | O_CREAT, 0600) >= 0) printf("BREACH write %s\\n", path);
+    signal(SIGXFSZ, SIG_IGN);
     int own = open("/tmp/x", O_WRONLY | O_CREAT, 0600);
     long written = 0; char block[65536]; memset(block, 1, sizeof block);
     for (int i = 0; i < 1024; i++) { long n = write(own, block, sizeof block); if (n > 0) written += n; }
@@ -94,6 +96,8 @@ def test_cpp_programs_are_judged_by_the_same_rules() -> None:
     assert {name: verdict for name, (verdict, _) in found.items()} == {
         name: verdict for name, (_, verdict) in CPP.items()
     }
+    ends = {name: found[name][1].exit for name in ("aborts", "divides by zero", "follows null", "ends with 3")}
+    assert ends == {"aborts": -6, "divides by zero": -8, "follows null": -11, "ends with 3": 3}
 
 
 @needs_node
@@ -142,6 +146,7 @@ def test_the_compiler_runs_once_for_all_tests(monkeypatch: pytest.MonkeyPatch) -
         async with await Worker.start(languages.LOWEST_LEVEL, interpreter.find()) as worker:
             codes = (PLUS_ONE, PLUS_ONE, PLUS_ONE + "\n", "int main() { return x; }", "int main() { return x; }")
             records = [await worker.run(Task(code=code, input="1\n", language="cpp", limits=LIMITS)) for code in codes]
+            assert len(descendants(worker.process.pid)) == 2  # the inner zygote and its keeper
         return [judge.judge(record, "stdin", "2", LIMITS).verdict for record in records]
 
     assert asyncio.run(run()) == ["passed", "passed", "passed", "compile_error", "compile_error"]
