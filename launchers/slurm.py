@@ -10,7 +10,6 @@ import importlib.util
 import os
 import shlex
 import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,12 +68,15 @@ def submit(plan: ClusterPlan, home: Path) -> Submitted:
         SubmitError: sbatch refused it.
     """
     with _experiment(plan, home) as experiment:
+        failed = importlib.import_module("invoke.exceptions").UnexpectedExit  # what nemo-run calls sbatch with
         try:
             experiment.run(detach=True)
-        except subprocess.CalledProcessError as error:
-            raise SubmitError(f"sbatch: {error.stderr or error}") from error
+        except failed as error:
+            raise SubmitError(error.result.stderr.strip() or str(error)) from error
         folder = str(experiment._exp_dir)
-        job_id = str(experiment.status(return_dict=True)[GROUP]["job_id"] or "")
+        # its status would ask sacct, which not every cluster has
+        (group,) = experiment.jobs
+        job_id = str(group.handles[0] if group.handles else "").rpartition("/")[2]
     if not job_id.isdigit():
         raise SubmitError(f"sbatch took no job (it said {job_id!r}); its script: {folder}/{GROUP}_sbatch.sh")
     return Submitted(job_id, folder)
