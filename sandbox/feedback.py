@@ -130,7 +130,8 @@ def _blocks(test: Shown, options: Options) -> Iterator[str]:
     detail = f" ({clean(test.why, 100, 1)})" if kind in ("time_limit", "wall_limit") and test.why else ""
     yield TITLE.format(number=test.number, title=TITLES[kind], detail=detail)
     if kind in ("compile_error", "runtime_error", "time_limit") and test.stderr.strip():
-        yield fence("", own_frames(test.stderr))
+        text, bound = own_frames(test.stderr), clean if kind == "compile_error" else clean_end  # the first error counts
+        yield fence("", bound(text, 1200, 16))
     elif kind in ("compile_error", "runtime_error") and test.why:
         yield fence("", clean(test.why, 200, 1))
     yield fence("Input", clean(test.input, 300, 8))
@@ -260,4 +261,4 @@ def own_frames(stderr: str) -> str:
             is_own = True
         if is_own and line.strip():
             kept.append(_ADDRESS.sub(r"\1", line))
-    return clean_end("\n".join(kept), 1200, 16)
+    return "\n".join(kept)

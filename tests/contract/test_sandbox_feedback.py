@@ -129,6 +129,16 @@ def test_ordinary_programs_are_shown_as_they_are() -> None:
     assert feedback.harmless(ordinary) == ordinary
 
 
+def test_of_a_compiler_the_first_errors_are_shown_and_of_a_traceback_the_last_lines() -> None:
+    lines = "\n".join(f"main.cpp:{number}: error: {'x' * 100}" for number in range(100))
+    compiled = feedback.render([SHOWN._replace(verdict="compile_error", stderr=lines)])
+    assert "main.cpp:0: error" in compiled
+    assert "main.cpp:99: error" not in compiled
+    crashed = feedback.render([SHOWN._replace(verdict="runtime_error", stderr=lines)])
+    assert "main.cpp:0: error" not in crashed
+    assert "main.cpp:99: error" in crashed
+
+
 def shown_of(name: str) -> list[feedback.Shown]:
     return [SHOWN._replace(**row) for row in GOLDEN[name]["tests"]]
 

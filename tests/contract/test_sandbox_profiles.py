@@ -90,3 +90,12 @@ def test_native_differs_from_livecodebench_in_twelve_programs_of_sixty_and_no_ot
     found = verdicts(cases, "native", numpy_folder)
     assert len(cases) == 60
     assert {case["name"] for case in cases if found[case["name"]] != case["passes"]} == NATIVE_DIFFERS
+
+
+def test_the_streams_of_the_prelude_are_those_of_the_program() -> None:
+    async def run() -> judge.Record:
+        async with await Worker.start(BEST, PYTHON) as worker:
+            code = "stdout.write(str(int(stdin.readline()) + int(input())))"
+            return await worker.run(Task(code=code, input="1\n2\n", has_prelude=True, limits=LIMITS))
+
+    assert asyncio.run(run()).stdout == b"3"
