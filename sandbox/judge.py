@@ -15,6 +15,8 @@ TIME_LIMIT, WALL_LIMIT, MEMORY_LIMIT, OUTPUT_LIMIT = "time_limit", "wall_limit",
 RUNTIME_ERROR, COMPILE_ERROR = "runtime_error", "compile_error"
 PROFILES = ("native", "lcb", "sdpo")
 """Our own rules; those of LiveCodeBench's checker; those of SDPO's (arXiv:2601.20802)."""
+PROFILE_LIMITS: Mapping[str, Mapping[str, float]] = {"native": {}, "lcb": {}, "sdpo": {"memory_bytes": 1 << 30}}
+"""Where a harness has a limit of its own; all else are our defaults."""
 MAX_DEPTH = 130
 MAX_DIGITS = 50_000
 MAX_SHOWN = 300

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from sandbox import interpreter, judge, limits, probe
+from sandbox import interpreter, judge, limits, probe, request
 from sandbox.executor import Task, Worker
 
 FOLDER = Path(__file__).parent / "sandbox"
@@ -99,3 +99,18 @@ def test_the_streams_of_the_prelude_are_those_of_the_program() -> None:
             return await worker.run(Task(code=code, input="1\n2\n", has_prelude=True, limits=LIMITS))
 
     assert asyncio.run(run()).stdout == b"3"
+
+
+def test_a_profile_brings_its_limits_and_lcb_runs_python_alone() -> None:
+    body = {"code": "x", "tests": [{"input": "1", "output": "2"}]}
+    low = request.Rules(ceilings={**limits.CEILINGS, "memory_bytes": 256 << 20}, languages={"python": "", "cpp": ""})
+
+    def memory(rules: request.Rules | None = None, **more: Any) -> float:
+        return request.parse({**body, **more}, rules).limits["memory_bytes"]
+
+    assert memory(profile="sdpo") == 1 << 30
+    assert memory(profile="lcb") == memory() == 512 << 20
+    assert memory(profile="sdpo", limits={"memory_bytes": 128 << 20}) == 128 << 20
+    assert memory(low, profile="sdpo") == 256 << 20
+    with pytest.raises(request.BadRequest, match=r"^profile: 'lcb' is for python; for cpp take 'native'"):
+        request.parse({**body, "language": "cpp", "profile": "lcb"}, low)
