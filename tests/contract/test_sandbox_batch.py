@@ -119,7 +119,7 @@ def test_who_reads_no_answers_is_not_read_from(service: Service) -> None:
         return service.count("sandbox_jobs_total") - before
 
     with connected(service) as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 18)
         fields = f"Content-Length: {len(NEWLINE.join(lines))}\r\nConnection: close"
         connection.sendall(HEAD.format("/v1/batch", fields).encode() + NEWLINE.join(lines))
         seen = -1.0
