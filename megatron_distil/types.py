@@ -110,6 +110,8 @@ class Program:
     """Of one test; None: the service's default."""
     stop_after: int = 0
     """Failed tests after which the rest is not run; 0: every test is run."""
+    stop_after_timeouts: int = 0
+    """The same for tests that ended at a limit of time."""
     profile: Profile = "native"
     feedback: FeedbackOptions = DEFAULT_FEEDBACK
 

@@ -23,12 +23,13 @@ class Tally:
         self._rows: list[dict[str, Any]] = []
         self._shown: list[feedback.Shown] = []
         self._outputs = hashlib.sha256()
-        self._failed = 0
+        self._failed = self._timeouts = 0
 
     @property
     def is_over(self) -> bool:
         """Whether enough tests have failed."""
-        return self._failed >= self._request.stop_after
+        request = self._request
+        return self._failed >= request.stop_after or self._timeouts >= request.stop_after_timeouts
 
     def add(self, test: Test, record: judge.Record, judgement: judge.Judgement, output: str) -> None:
         """The next test, and the digest of its output."""
@@ -37,6 +38,7 @@ class Tally:
         self._shown.append(_shown(index, test, record, judgement))
         self._outputs.update(output.encode())
         self._failed += judgement.verdict not in (judge.PASSED, judge.RAN)
+        self._timeouts += judgement.verdict in (judge.TIME_LIMIT, judge.WALL_LIMIT)
 
     def answer(self) -> Answer:
         """What the program did; tests that were not run count as not passed."""

@@ -22,7 +22,7 @@ MAX_DEADLINE_S = 86400.0
 MAX_FEEDBACK_CHARS = 100_000
 _FIELDS = {
     *("protocol", "id", "language", "code", "mode", "fn", "tests", "tests_ref", "limits", "stop_after", "prelude"),
-    *("profile", "feedback", "deadline_s", "cancel_on_disconnect"),
+    *("stop_after_timeouts", "profile", "feedback", "deadline_s", "cancel_on_disconnect"),
 }
 
 
@@ -82,6 +82,8 @@ class Request:
     limits: Mapping[str, float]
     stop_after: int
     """Failed tests after which the rest is not run."""
+    stop_after_timeouts: int
+    """Of those, tests that ended at a limit of time: each of them takes all the time that a test may take."""
     has_prelude: bool
     profile: str
     feedback: feedback.Options
@@ -142,13 +144,17 @@ def parse(body: Any, rules: Rules | None = None, stored: Callable[[str], TestSet
         _need(is_name, "fn", f"{_shown(function)} is not an identifier, such as 'solve'")
         if tests.broken_json:  # a broken test is ours, never a wrong answer
             raise BadRequest(tests.broken_json)
-    limits = limits_.complete(_limits(body.get("limits", {}), rules.ceilings), rules.ceilings)
-    stop_after = _positive(body.get("stop_after", len(tests.rows)), "stop_after")
-    prelude = _flag(body, "prelude", True)
     profile = _choice(body, "profile", judge.PROFILES, "native")
+    _need(profile != "lcb" or language == "python", "profile", f"'lcb' is for python; for {language} take 'native'")
+    own = {name: min(value, rules.ceilings[name]) for name, value in judge.PROFILE_LIMITS[profile].items()}
+    given = {**own, **_limits(body.get("limits", {}), rules.ceilings)}
+    limits = limits_.complete(given, rules.ceilings)
+    stop_after = _positive(body.get("stop_after", len(tests.rows)), "stop_after")
+    timeouts = _positive(body.get("stop_after_timeouts", len(tests.rows)), "stop_after_timeouts")
+    prelude = _flag(body, "prelude", True)
     options = _feedback(body.get("feedback", {}), profile)
     content = [language, code, mode, function, tests.digest, sorted(limits.items()), stop_after, prelude]
-    digest = hashlib.sha256(json.dumps([*content, profile, options]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([*content, timeouts, profile, options]).encode()).hexdigest()
     key = body.get("id", digest)
     is_key = isinstance(key, str) and 0 < len(key) <= MAX_ID_CHARS
     _need(is_key, "id", f"{_shown(key)} is not a string of 1 to {MAX_ID_CHARS} characters")
@@ -162,6 +168,7 @@ def parse(body: Any, rules: Rules | None = None, stored: Callable[[str], TestSet
         tests=tests.rows,
         limits=limits,
         stop_after=stop_after,
+        stop_after_timeouts=timeouts,
         has_prelude=prelude,
         profile=profile,
         feedback=options,

@@ -212,7 +212,7 @@ CONTESTS: tuple[Contest, ...] = (
         others=(
             Attempt("input()\nprint(sorted(map(int, input().split())))", FAILED, "Wrong Answer", 0.0),
             Attempt("input()\nprint(*sorted(map(int, input().split())), sep='\\n')", FAILED, "Wrong Answer", 0.25),
-            Attempt("x = []\nwhile True:\n    x.append(' ' * 10**7)", FAILED, "Memory Limit Exceeded", 0.0),
+            Attempt("x = [0] * 10**10", FAILED, "Memory Limit Exceeded", 0.0),
         ),
     ),
     Contest(

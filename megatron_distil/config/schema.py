@@ -40,6 +40,8 @@ class TaskConfig(Section):
     """``livecodebench``: 1 if every test passed, or the share of the tests that did."""
     stop_after: Annotated[int, Field(ge=0)] = 0
     """``livecodebench``: failed tests after which the rest is not run in training; 0: every test is run, as in evaluations."""
+    stop_after_timeouts: Count = 3
+    """``livecodebench``: the same for tests that ended at a limit of time, and in evaluations too: a program that hangs hangs in all."""
     max_failing: Count = 2
     """``livecodebench``: wrong answers that the feedback shows."""
     max_feedback_chars: Count = 3000

@@ -70,6 +70,8 @@ def request_of(
         body["fn"] = program.function
     if program.stop_after:
         body["stop_after"] = program.stop_after
+    if program.stop_after_timeouts:
+        body["stop_after_timeouts"] = program.stop_after_timeouts
     if program.profile != "native":
         body["profile"] = program.profile
     if program.feedback != DEFAULT_FEEDBACK:
@@ -107,7 +109,8 @@ def result_of(reply: Any, program: Program, *, request_id: str, service: str) ->
     _expect(len(tests) == _field(reply, "ran", int, where), where, "the number of results is not what it says")
     _expect(num_tests == _field(reply, "total", int, where), where, "the number of tests is not what was sent")
     failed = sum(test.verdict not in (Verdict.PASSED, Verdict.RAN) for test in tests)
-    is_cut = program.stop_after > 0 and failed >= program.stop_after
+    timeouts = sum(test.verdict in (Verdict.TIME_LIMIT, Verdict.WALL_LIMIT) for test in tests)
+    is_cut = 0 < program.stop_after <= failed or 0 < program.stop_after_timeouts <= timeouts
     _expect(len(tests) == num_tests or is_cut, where, f"{len(tests)} results of {num_tests} tests, {failed} failed")
     return RunResult(
         tests=tests,

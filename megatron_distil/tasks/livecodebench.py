@@ -121,6 +121,7 @@ class LiveCodeBench:
             has_prelude=True,
             memory_bytes=MEMORY_BYTES,
             stop_after=settings.stop_after,
+            stop_after_timeouts=settings.stop_after_timeouts,
             profile=settings.profile,
             feedback=FeedbackOptions(
                 max_failing=settings.max_failing,

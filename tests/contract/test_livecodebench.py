@@ -82,7 +82,10 @@ def test_every_program_gets_its_verdict_reward_and_feedback(service: Service, da
     rollouts = [answer(attempt.code, name, sample) for name, sample, attempt in attempts]
     num_quick = sum(attempt.outcome is not Outcome.TIMEOUT for _, _, attempt in attempts)
     feedback = judged(service, tmp_path, task, known, rollouts[:num_quick])
-    feedback += judged(service, tmp_path, task_of(data, stop_after=1), known, rollouts[num_quick:])
+    feedback += judged(service, tmp_path, task_of(data, stop_after_timeouts=1), known, rollouts[num_quick:])
+    assert all(
+        "Passed 0 of 1 tests." in said.text for said in feedback[num_quick:]
+    )  # and did not burn the time of others
     wrong: list[str] = []
     right_votes = {name: said.vote for (name, sample, _), said in zip(attempts, feedback, strict=True) if sample == 0}
     for (name, sample, wanted), said in zip(attempts, feedback, strict=True):

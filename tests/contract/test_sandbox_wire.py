@@ -35,6 +35,7 @@ STORED = Program(
     case_file=CaseFile("/data/tests/x.json", "4f53cda18c2baa0c0354bb5f9a3ecbe5ed12ab4d8e11ba873c2f11161202b945", 3),
     memory_bytes=2**30,
     stop_after=2,
+    stop_after_timeouts=1,
     profile="sdpo",
     feedback=FeedbackOptions(1, 500, False),
 )
@@ -148,6 +149,7 @@ def test_the_sandbox_reads_the_golden_requests() -> None:
         golden("request_stored"), stored=lambda _: request.parse_tests([{"input": "", "output": "1"}] * 3)
     )
     assert (len(stored.tests), stored.stop_after, stored.profile, stored.deadline_s) == (3, 2, "sdpo", 59.5)
+    assert stored.stop_after_timeouts == 1
     assert (stored.limits["memory_bytes"], stored.feedback) == (2**30, feedback.Options(1, 500, False, "sdpo"))
     functional = request.parse(golden("request_functional"))
     assert (functional.function, functional.has_prelude, functional.stop_after) == ("add", True, 1)
@@ -251,6 +253,7 @@ BAD = [
     ("limits.cpu_s", {"limits": {"cpu_s": 1e9}}),
     ("limits.cpu_s", {"limits": {"cpu_s": float("nan")}}),
     ("stop_after", {"stop_after": "1"}),
+    ("stop_after_timeouts", {"stop_after_timeouts": 0}),
     ("prelude", {"prelude": 1}),
     ("limits.cpu_s", {"limits": {"cpu_s": float("inf")}}),
     ("limits.cpu_s", {"limits": {"cpu_s": 10**400}}),
@@ -298,6 +301,7 @@ def test_everything_that_decides_the_answer_is_in_the_digest() -> None:
         {"limits": {"cpu_s": 1}},
         {"limits": {"tmp_files": 1}},
         {"stop_after": 7},
+        {"stop_after_timeouts": 7},
         {"prelude": False},
         {"mode": "functional", "fn": "f"},
         {"mode": "functional", "fn": "g"},

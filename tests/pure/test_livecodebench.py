@@ -114,6 +114,7 @@ def test_the_program_names_its_tests_and_carries_the_settings() -> None:
         has_prelude=True,
         memory_bytes=2**30,
         stop_after=3,
+        stop_after_timeouts=3,
         profile="sdpo",
         feedback=FeedbackOptions(1, 500, False),
     )
