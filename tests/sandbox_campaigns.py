@@ -154,19 +154,16 @@ def soak(jobs: int, *, workers: int = 2, queue: int = 6, segments: int = 10, see
     kinds = rng.choices(list(KINDS), [kind.weight for kind in KINDS.values()], k=jobs)
     wrong: list[str] = []
     counts: collections.Counter[str] = collections.Counter()
+    statuses: collections.Counter[str] = collections.Counter()
     states: list[dict[str, int]] = []
     started = time.monotonic()
     with Service("--workers", str(workers), "--queue", str(queue), "--min-level", "1") as running:
 
-        async def run() -> collections.Counter[str]:
-            async with client(running.url, seed) as asker:
-                for segment in range(segments):
-                    numbers = range(segment * jobs // segments, (segment + 1) * jobs // segments)
-                    calls = [lambda n=number: one(asker, n) for number in numbers]
-                    await in_flight(OVERLOAD * (workers + queue), calls)
-                    await asyncio.sleep(0.5)
-                    states.append({"jobs": numbers.stop, **_state(running.process.pid)})
-                return asker.seen
+        async def run(segment: int) -> None:
+            numbers = range(segment * jobs // segments, (segment + 1) * jobs // segments)
+            async with client(running.url, segment) as asker:
+                await in_flight(OVERLOAD * (workers + queue), [lambda n=number: one(asker, n) for number in numbers])
+                statuses.update(asker.seen)
 
         async def one(asker: Client, number: int) -> None:
             ended = await asker.judged(soak_body(kinds[number], number))
@@ -175,7 +172,9 @@ def soak(jobs: int, *, workers: int = 2, queue: int = 6, segments: int = 10, see
             if not seen <= set(KINDS[kinds[number]].verdicts.split()):
                 wrong.append(f"{number} {kinds[number]}: {seen} {ended.answer}"[:400])
 
-        statuses = asyncio.run(run())
+        for segment in range(segments):
+            asyncio.run(run(segment))
+            states.append({"jobs": sum(counts.values()), **_settled(running.process.pid)})
         seconds = time.monotonic() - started
         recycled = running.count("sandbox_recycled_total")
         family = descendants(running.process.pid)
@@ -206,6 +205,21 @@ def _drift(states: Sequence[dict[str, int]]) -> float | None:
     """Largest change of the service's memory against the first state with a full cache; None: it never was full."""
     sizes = [state["rss_kib"] for state in states if state["jobs"] >= 2 * _CACHED_ANSWERS]
     return round(max(abs(size / sizes[0] - 1) for size in sizes), 4) if len(sizes) > 1 else None
+
+
+def _settled(pid: int, timeout_s: float = 10.0) -> dict[str, int]:
+    """What is there when nothing is on its way any more: two equal looks."""
+    seen, end = _state(pid), time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        time.sleep(0.5)
+        before, seen = seen, _state(pid)
+        if all(seen[name] == before[name] for name in CONSTANT):
+            break
+    return seen
+
+
+CONSTANT = ("descriptors", "worker_descriptors", "processes", "mounts", "zombies")
+"""Without work and clients."""
 
 
 def _state(pid: int) -> dict[str, int]:
