@@ -27,6 +27,20 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["task.name=two_road"],
         ["task.name = 'two_road': not a task. Did you mean two_roads?"],
     ),
+    "settings of another task": (
+        ["task.profile=sdpo", "task.stop_after=2"],
+        [
+            "task.profile = 'sdpo': task program_induction has no such setting; livecodebench has. Leave it out.",
+            "task.stop_after = 2: task program_induction has no such setting; livecodebench has. Leave it out.",
+        ],
+    ),
+    "LiveCodeBench without its tests": (
+        ["task.name=livecodebench"],
+        [
+            "task.tests = '': the rows name files of tests, and this is their folder. "
+            "megatron_distil.tasks.livecodebench_data DIR writes DIR/tests; name that."
+        ],
+    ),
     "programs without a sandbox": (
         ["feedback.num_sandboxes=0"],
         ["feedback.num_sandboxes = 0: task program_induction runs programs, which needs a sandbox. Try 1."],
