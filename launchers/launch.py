@@ -240,7 +240,7 @@ def _parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="show what would be submitted")
     what.add_argument("--follow", action="store_true", help="stay until the run has ended")
-    what.add_argument("--local", action="store_true", help="on this machine, in the foreground, without Slurm")
+    parser.add_argument("--local", action="store_true", help="on this machine, in the foreground, without Slurm")
     return parser
 
 
