@@ -148,5 +148,5 @@ def test_level_3_in_a_booted_kernel(tmp_path_factory: pytest.TempPathFactory) ->
     assert 10 <= int(cases["threads"]["stdout"]) <= 16
     assert 10 <= int(cases["fork bomb"]["stdout"]) <= 16
     assert cases["CPU of children"]["verdict"] == "time_limit"
-    assert cases["CPU of children"]["cpu_s"] < 1.6
+    assert cases["CPU of children"]["cpu_s"] < 3.0  # an emulated core is coarse; the program would take 20
     assert cases["the file system of the groups"]["verdict"] == "runtime_error"
