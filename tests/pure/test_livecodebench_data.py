@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tracemalloc
 import zlib
 from pathlib import Path
 from typing import Any
@@ -219,8 +220,13 @@ def test_one_string_is_read_from_every_protocol(protocol: int) -> None:
 
 def test_a_bomb_is_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "MAX_TESTS_BYTES", 10**6)
+    bomb = packed("[" + " " * 10**7 + "]")
+    tracemalloc.start()
     with pytest.raises(DataError, match="more than 1000000 bytes"):
-        private_tests_text(packed("[" + " " * 10**7 + "]"))
+        private_tests_text(bomb)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * 10**6
 
 
 def test_the_command_line_says_what_it_wrote(source: Path, tmp_path: Path) -> None:
