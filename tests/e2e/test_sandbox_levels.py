@@ -128,3 +128,23 @@ def test_a_mechanism_cannot_be_switched_off_from_outside() -> None:
     )
     assert "--min-level" in run.stdout
     assert "without" not in run.stdout
+
+
+GVISOR = (*PLAIN, "runsc", "--rootless", "--network=none", "do")
+
+
+def _no_gvisor() -> str:
+    if not shutil.which("runsc"):
+        return "needs gvisor: apt-get install runsc"
+    trial = subprocess.run([*GVISOR, "/bin/true"], capture_output=True, text=True, timeout=30, check=False)
+    return f"needs gvisor: runsc does not run here: {trial.stderr[-200:]}" if trial.returncode else ""
+
+
+def test_inside_gvisor_nothing_of_ours_holds(sources: str) -> None:
+    """gVisor itself is the wall there: whoever starts a service in it states the level."""
+    reason = _no_gvisor()
+    if reason:
+        pytest.skip(reason)
+    found = found_under(GVISOR, sources)
+    assert found["level"] == 0
+    assert "landlock" in found["missing"]
