@@ -52,8 +52,7 @@ _CHAT_TOKENS = re.compile(
     rf"<\||\|>|</?(?:{'|'.join(_ANGLED)}|unused\d+|SPECIAL_\d+)>|<</?SYS>>|\[/?(?:{'|'.join(_SQUARE)}|control_\d+)\]",
     re.I,
 )
-# Characters that become those of a token in a tokenizer that normalises (NFKC).
-_WIDE = str.maketrans({"\uff5c": "|", "\uff1c": "<", "\uff1e": ">", "\ufe64": "<", "\ufe65": ">"})
+# Characters that become backticks in a tokenizer that normalises (NFKC).
 _QUOTES = str.maketrans({"\uff40": "'", "\u1fef": "'"})
 _LOOKALIKES: Mapping[str, str] = {"<": "\u2039", ">": "\u203a", "[": "("}
 _DEFUSED = str.maketrans(dict(_LOOKALIKES))
@@ -244,7 +243,7 @@ def harmless(text: str) -> str:
     # zero-width characters first: they could split a token from the filter
     text = "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else "\ufffd" for c in text)
     text = _CHAT_TOKENS.sub(lambda match: match[0].translate(_DEFUSED), text.translate(_QUOTES))
-    if _CHAT_TOKENS.search(text.translate(_WIDE)) or _CHAT_TOKENS.search(unicodedata.normalize("NFKC", text)):
+    if _CHAT_TOKENS.search(unicodedata.normalize("NFKC", text)):
         text = "".join(_LOOKALIKES.get(unicodedata.normalize("NFKC", c), c) for c in text)
     return text.replace("```", "'''")
 

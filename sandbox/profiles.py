@@ -16,7 +16,7 @@ import os
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 WRAPPER = "wrapped_function"
@@ -78,7 +78,7 @@ def run_lcb(module: types.ModuleType, compiled: Callable[[], types.CodeType]) ->
     early, sys.stdin = sys.stdin, module.__dict__["stdin"]
     exec(compiled(), module.__dict__)
     sys.stdin = early
-    with _captured(text, output), suppress(SystemExit):
+    with _captured(text, output):  # an exit ends it as well, with whatever status
         module.__dict__[WRAPPER]()
 
 

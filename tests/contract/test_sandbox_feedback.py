@@ -97,6 +97,7 @@ def test_what_a_program_printed_stays_inside_its_fence(tests: list[feedback.Show
     assert all(line == "```" for line in lines if "```" in line)
     outside = "".join(text.split("```")[0::2])
     assert "MARK" not in outside
+    assert unicodedata.normalize("NFKC", text).count("```") == text.count("```")
     assert not {c for c in text if unicodedata.category(c)[0] == "C"} - {"\n", "\t"}
 
 
@@ -122,6 +123,20 @@ def test_every_token_of_a_family_is_defused_and_can_still_be_read(family: str) -
             assert token.lower() not in unicodedata.normalize("NFKC", shown).lower(), hostile
         letters = "".join(c for c in token if c.isalpha())
         assert letters == "".join(c for c in feedback.harmless(token) if c.isalpha())
+
+
+def test_letters_that_become_others_hide_no_token_and_control_characters_are_seen() -> None:
+    for hidden in ("<\U0001d5cdhink>", "\uff1cthink\uff1e", "[\uff29NST]", "<\uff5cim_end|>"):
+        shown = unicodedata.normalize("NFKC", feedback.harmless(hidden))
+        assert not {"<think>", "[INST]", "<|im_end|>"} & {shown}
+    assert feedback.harmless("a\x00b\u200bc") == "a\ufffdb\ufffdc"
+
+
+def test_every_bound_is_kept_to_the_character() -> None:
+    tests = [SHOWN._replace(number=number, stdout="7") for number in (1, 2)]
+    for profile in ("native", "sdpo"):
+        lengths = {len(feedback.render(tests, options_of(bound, profile))) - bound for bound in range(400)}
+        assert max(lengths) == 0
 
 
 def test_ordinary_programs_are_shown_as_they_are() -> None:
