@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from launchers.cluster import ROLES, Cluster
 from launchers.jobplan import ClusterPlan, Job, JobPlan, RolePlan, ServicePlan
 from launchers.layout import Layout, Seat, layout
+from launchers.life import setup_text
 from megatron_distil.config.check import is_supervised
 
 if TYPE_CHECKING:
@@ -223,7 +224,7 @@ def cluster_plan(config: Config, cluster: Cluster, run: Run) -> ClusterPlan:
         signal=f"B:USR1@{cluster.warn_s}",
         retries=cluster.retries,
         monitor_s=cluster.monitor_s,
-        setup=_setup(run, cluster),
+        setup=setup_text(run.folder, max_lives_without_progress=cluster.max_lives_without_progress),
         host_ip=cluster.host_ip,
         roles=tuple(_roles(config, cluster, run, seats)),
         export=(*INHERITED, *_secrets(cluster)),
@@ -347,10 +348,3 @@ def _srun_args(role: str, nodes: int, first: int, cluster: Cluster) -> tuple[str
 
 def _secrets(cluster: Cluster) -> tuple[str, ...]:
     return tuple(sorted({name for names in cluster.secrets.values() for name in names}))
-
-
-def _setup(run: Run, cluster: Cluster) -> str:
-    """Shell text before the first step: what the time limit's signal does."""
-    del cluster
-    life = shlex.quote(run.folder) + '/registry/"$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"'
-    return f"ulimit -c 0\nmkdir -p {life}\ntrap 'touch {life}/STOP' USR1\n"

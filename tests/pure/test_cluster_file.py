@@ -67,6 +67,7 @@ def test_the_clusters_that_come_with_us_are_right(name):
         ({"gpu": '"h20"'}, "", "gpu = 'h20': its memory is not known. Use h200, h100, or leave it out."),
         ({"time": '"4h"'}, "", "time = '4h': not [D-]HH:MM:SS. Try \"04:00:00\"."),
         ({"time": '"00:10:00"'}, "", "warn_s = 600: with three monitor intervals of 10 s nothing is left of the limit of 600 s. Try 150, or a longer time."),
+        ({"time": '"00:10:20"'}, "", "warn_s = 600: with three monitor intervals of 10 s nothing is left of the limit of 620 s. Try 155, or a longer time."),
         ({"monitor_s": "60", "warn_s": "120"}, "", "warn_s = 120: the monitor takes up to three intervals of 60 s of it, and nothing is left to save. Try 240."),
         ({"shared": ""}, "", "shared = '': has to be stated. A folder that all nodes see, for example /shared/distil."),
         ({"shared": '"distil"'}, "", "shared = 'distil': not an absolute path. Try /distil."),

@@ -71,6 +71,12 @@ def test_an_expert_sits_beside_ranks_and_servers_or_on_nodes_of_its_own():
     assert beside.seats["rollout-1"] == Seat(0, (5,))
 
 
+def test_an_expert_gets_only_what_the_servers_leave():
+    expert = ["teacher.weights=expert", "teacher.model=m", "teacher.num_engines=1", "teacher.engine_tp=2"]
+    with pytest.raises(ConfigError, match=r"cluster\.placement\.teacher = 'trainer': 1 servers of 2 .* leave 1"):
+        layout(config(4, 1, 3, 1, *expert), cluster("trainer", teacher="trainer"))
+
+
 def test_supervised_training_has_ranks_only():
     found = layout(load_config("two_roads_sft"), cluster())
     assert list(found.spans) == ["trainer"]

@@ -1,0 +1,57 @@
+"""What the batch shell does at the start of each life of a job, before the first step: signal, dead ends, breaker.
+
+    RUN/registry/JOB.RESTART/       one folder for each life: STOP, REASON and the records of the services
+    RUN/registry/progress.JOB       step of the newest checkpoint when the last life began, and for how many lives it has been that
+
+A plain ``exit 1`` here ends the job without another requeue; a step that ends with anything but 0 leads to the next life.
+"""
+
+from __future__ import annotations
+
+import shlex
+
+_TEXT = r"""
+ulimit -c 0
+distil_run=@RUN@
+distil_restart=${SLURM_RESTART_COUNT:-0}
+distil_life=$distil_run/registry/$SLURM_JOB_ID.$distil_restart
+if ! mkdir -p "$distil_life" || ! touch "$distil_life/began"; then
+  echo "distil: $distil_life cannot be written"
+  exit 1
+fi
+trap 'echo "distil: the time limit is near, the run saves and ends"; touch "$distil_life/STOP"' USR1
+
+distil_reason=$(cat "$distil_run/registry/$SLURM_JOB_ID.$((distil_restart - 1))/REASON" 2>/dev/null)
+case $distil_reason in
+  fatal*)
+    echo "distil: another life would end as the last one did: $distil_reason"
+    echo "$distil_reason" >"$distil_life/REASON"
+    exit 1
+    ;;
+esac
+
+distil_step=none
+for distil_file in "$distil_run"/checkpoints/step_*/COMPLETE; do
+  if [ -e "$distil_file" ]; then distil_step=$(basename "$(dirname "$distil_file")"); fi
+done
+distil_last= distil_same=0
+read -r distil_last distil_same 2>/dev/null <"$distil_run/registry/progress.$SLURM_JOB_ID" || true
+if [ "$distil_step" = "$distil_last" ]; then distil_same=$((distil_same + 1)); else distil_same=0; fi
+echo "$distil_step $distil_same" >"$distil_run/registry/progress.$SLURM_JOB_ID"
+if [ "$distil_same" -ge @MAX_SAME@ ]; then
+  distil_reason="fatal no progress: the newest checkpoint is $distil_step since $distil_same lives"
+  echo "distil: $distil_reason"
+  echo "$distil_reason" >"$distil_life/REASON"
+  exit 1
+fi
+"""
+
+
+def setup_text(run: str, *, max_lives_without_progress: int) -> str:
+    """Shell text for the batch script of a job.
+
+    Args:
+        run: the run directory.
+        max_lives_without_progress: after so many lives without a new checkpoint the job ends.
+    """
+    return _TEXT.replace("@RUN@", shlex.quote(run)).replace("@MAX_SAME@", str(max_lives_without_progress))

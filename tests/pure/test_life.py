@@ -1,0 +1,111 @@
+"""The start of a life, run by a plain bash: no Slurm is needed to see whether a job would go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from launchers.life import setup_text
+
+
+class Job:
+    """Lives of job 7 in a run directory with a space in its name."""
+
+    def __init__(self, run: Path, max_same: int) -> None:
+        self.run, self.text = run, setup_text(str(run), max_lives_without_progress=max_same)
+
+    def live(self, restart: int, then: str = "echo alive") -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "SLURM_JOB_ID": "7"} | ({"SLURM_RESTART_COUNT": str(restart)} if restart else {})
+        script = f"set +e\n{self.text}\n{then}\n"
+        return subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, check=False, timeout=20)
+
+    def folder(self, restart: int) -> Path:
+        return self.run / "registry" / f"7.{restart}"
+
+    def say_reason(self, restart: int, text: str) -> None:
+        (self.folder(restart) / "REASON").write_text(text + "\n")
+
+    def save(self, step: int) -> None:
+        checkpoint = self.run / "checkpoints" / f"step_{step:08d}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "COMPLETE").touch()
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    run = tmp_path / "the run's"
+    run.mkdir()
+    return Job(run, max_same=2)
+
+
+def test_a_first_life_goes_on_and_has_a_folder_and_no_core_files(job: Job):
+    ran = job.live(0, "echo alive; ulimit -c")
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "alive\n0\n", "")
+    assert job.folder(0).is_dir()
+
+
+@pytest.mark.parametrize("reason", ["stopped by USR1", "unavailable no sandbox", "failed rank 0 ended with 1", ""])
+def test_a_life_after_one_that_may_be_repeated_goes_on(job: Job, reason: str):
+    job.live(0)
+    if reason:
+        job.say_reason(0, reason)
+    assert job.live(1).stdout == "alive\n"
+
+
+def test_after_a_fatal_reason_the_job_ends_and_repeats_it(job: Job):
+    job.live(0)
+    job.say_reason(0, "fatal train ended with exit code 2")
+    ran = job.live(1)
+    assert ran.returncode == 1
+    assert "alive" not in ran.stdout
+    assert (job.folder(1) / "REASON").read_text() == "fatal train ended with exit code 2\n"
+
+
+def test_lives_without_a_new_checkpoint_are_counted_and_ended(job: Job):
+    assert [job.live(life).returncode for life in range(3)] == [0, 0, 1]
+    assert (job.folder(2) / "REASON").read_text() == "fatal no progress: the newest checkpoint is none since 2 lives\n"
+
+
+def test_a_new_checkpoint_starts_the_count_again(job: Job):
+    codes = []
+    for life in range(7):
+        codes.append(job.live(life).returncode)
+        if life in (1, 3):
+            job.save(8 + life)  # 9 and 11: not the order of the digits
+    assert codes == [0, 0, 0, 0, 0, 0, 1]
+    assert "step_00000011 since 2 lives" in (job.folder(6) / "REASON").read_text()
+
+
+def test_a_checkpoint_that_is_not_complete_is_no_progress(job: Job):
+    job.live(0)
+    (job.run / "checkpoints" / "step_00000005").mkdir(parents=True)
+    assert [job.live(life).returncode for life in (1, 2)] == [0, 1]
+
+
+def test_the_signal_asks_the_run_to_stop_and_the_shell_goes_on(job: Job):
+    env = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "3"}
+    script = f"{job.text}\necho ready\nwhile [ ! -e go ]; do sleep 0.05; done\necho went on\n"
+    with subprocess.Popen(["bash", "-c", script], env=env, cwd=job.run, stdout=subprocess.PIPE, text=True) as shell:
+        assert shell.stdout is not None
+        assert shell.stdout.readline() == "ready\n"
+        shell.send_signal(signal.SIGUSR1)
+        deadline = time.monotonic() + 10
+        while not (job.folder(3) / "STOP").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        (job.run / "go").touch()
+        assert shell.stdout.read().splitlines()[-1] == "went on"
+    assert shell.returncode == 0
+
+
+def test_a_folder_that_cannot_be_written_ends_the_job_with_a_word_about_it(tmp_path: Path):
+    file = tmp_path / "file"
+    file.touch()
+    ran = Job(file, max_same=2).live(0)
+    assert ran.returncode == 1
+    assert f"distil: {file}/registry/7.0 cannot be written" in ran.stdout
