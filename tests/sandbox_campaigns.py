@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -148,22 +148,29 @@ def soak_body(kind: str, number: int) -> Job:
     return body
 
 
+def _still(segment: int, number: int) -> Job:
+    return {"code": f"import time; time.sleep(0.5); print(2) # {segment} {number}", "tests": TESTS}
+
+
 def soak(jobs: int, *, workers: int = 2, queue: int = 6, segments: int = 10, seed: int = 0) -> dict[str, Any]:
     """Run mixed jobs at ``OVERLOAD`` times of what the service takes, and look at what is left after each segment."""
-    rng, before = random.Random(seed), _temporary()
+    rng = random.Random(seed)
     kinds = rng.choices(list(KINDS), [kind.weight for kind in KINDS.values()], k=jobs)
     wrong: list[str] = []
     counts: collections.Counter[str] = collections.Counter()
     statuses: collections.Counter[str] = collections.Counter()
     states: list[dict[str, int]] = []
     started = time.monotonic()
-    with Service("--workers", str(workers), "--queue", str(queue), "--min-level", "1") as running:
+    options = ("--workers", str(workers), "--queue", str(queue), "--min-level", "1")
+    with tempfile.TemporaryDirectory() as temporary, Service(*options, TMPDIR=temporary) as running:
 
         async def run(segment: int) -> None:
             numbers = range(segment * jobs // segments, (segment + 1) * jobs // segments)
             async with client(running.url, segment) as asker:
                 await in_flight(OVERLOAD * (workers + queue), [lambda n=number: one(asker, n) for number in numbers])
                 statuses.update(asker.seen)
+                # a worker that was just replaced has mounted nothing yet
+                await asyncio.gather(*(asker.judged(_still(segment, n)) for n in range(workers)))
 
         async def one(asker: Client, number: int) -> None:
             ended = await asker.judged(soak_body(kinds[number], number))
@@ -174,11 +181,13 @@ def soak(jobs: int, *, workers: int = 2, queue: int = 6, segments: int = 10, see
 
         for segment in range(segments):
             asyncio.run(run(segment))
-            states.append({"jobs": sum(counts.values()), **_settled(running.process.pid)})
+            settled = _settled(running.process.pid, states[0] if states else None)
+            states.append({"jobs": sum(counts.values()), **settled})
         seconds = time.monotonic() - started
-        recycled = running.count("sandbox_recycled_total")
+        recycled, faults = running.count("sandbox_recycled_total"), running.count("sandbox_faults_total")
         family = descendants(running.process.pid)
         exit_code = running.stop()
+        left = os.listdir(temporary)
     return {
         "jobs": jobs,
         "wrong_verdicts": len(wrong),
@@ -188,9 +197,10 @@ def soak(jobs: int, *, workers: int = 2, queue: int = 6, segments: int = 10, see
         "states": states,
         "rss_drift": _drift(states),
         "workers_recycled": int(recycled),
+        "workers_broken": int(faults),
         "exit_code": exit_code,
         "survivors": len(_survivors(family)),
-        "temporary_left": len(_temporary() - before),
+        "temporary_left": len(left),
         "seconds": round(seconds, 1),
         "settings": {"workers": workers, "queue": queue, "in_flight": OVERLOAD * (workers + queue), "seed": seed},
         **machine(),
@@ -207,15 +217,19 @@ def _drift(states: Sequence[dict[str, int]]) -> float | None:
     return round(max(abs(size / sizes[0] - 1) for size in sizes), 4) if len(sizes) > 1 else None
 
 
-def _settled(pid: int, timeout_s: float = 10.0) -> dict[str, int]:
-    """What is there when nothing is on its way any more: two equal looks."""
+def _settled(pid: int, like: Mapping[str, int] | None, timeout_s: float = 15.0) -> dict[str, int]:
+    """What is there when nothing is on its way any more: as before, or else for two seconds the same."""
     seen, end = _state(pid), time.monotonic() + timeout_s
-    while time.monotonic() < end:
-        time.sleep(0.5)
+    while time.monotonic() < end and not (like and _same(seen, like)):
+        time.sleep(0.5 if like else 2.0)
         before, seen = seen, _state(pid)
-        if all(seen[name] == before[name] for name in CONSTANT):
+        if like is None and _same(seen, before):
             break
     return seen
+
+
+def _same(state: Mapping[str, int], other: Mapping[str, int]) -> bool:
+    return all(state[name] == other[name] for name in CONSTANT)
 
 
 CONSTANT = ("descriptors", "worker_descriptors", "processes", "mounts", "zombies")
@@ -243,10 +257,6 @@ def _memory(pid: int) -> int:
             if line.startswith("VmRSS:"):
                 return int(line.split()[1])
     return 0
-
-
-def _temporary() -> set[str]:
-    return {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("sandbox-")}
 
 
 def _survivors(family: Iterable[int], timeout_s: float = 5.0) -> list[int]:
