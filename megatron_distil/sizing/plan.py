@@ -145,10 +145,17 @@ def nearest(config: Config, shape: ModelShape, machine: Machine, *, ep: int = 1)
     Near is few doublings of the sizes of groups and of the world, which count twice, and recomputing before another world.
     """
     usable = machine.usable_frac * machine.gpu.memory_bytes
-    for _, candidate in sorted(_candidates(config, shape, machine), key=lambda pair: pair[0]):
-        is_divisible = candidate.parallel.world_size // candidate.parallel.pp % ep == 0
-        if is_divisible and _need(candidate, shape, ep) <= usable and _is_right(candidate, shape):
-            return tuple(_changes(config, candidate))
+    eps = [ep * 2**doublings for doublings in range(7 if shape.experts > 1 else 1)]
+    near = [
+        (distance + math.log2(wider / ep), wider, candidate)
+        for distance, candidate in _candidates(config, shape, machine)
+        for wider in eps
+    ]
+    for _, wider, candidate in sorted(near, key=lambda one: one[0]):
+        if any(problems(candidate, shape, ep=wider)) or _need(candidate, shape, wider) > usable:
+            continue
+        if not any(check.problems(candidate)):
+            return (*_changes(config, candidate), *([f"--ep={wider}"] if wider != ep else []))
     return ()
 
 
@@ -167,10 +174,6 @@ def _candidates(config: Config, shape: ModelShape, machine: Machine) -> Iterator
         distance += 2 * math.log2(growth) + (1.5 if recompute != config.train.recompute else 0.0)
         distance += 0.25 * (parallel.sequence_parallel != old.sequence_parallel)
         yield distance, config.model_copy(update={"parallel": parallel, "train": train})
-
-
-def _is_right(config: Config, shape: ModelShape) -> bool:
-    return not any(problems(config, shape)) and not any(check.problems(config))
 
 
 def _changes(old: Config, new: Config) -> Iterator[str]:

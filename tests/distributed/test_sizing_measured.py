@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_distil.sizing.layout import Layout
 from megatron_distil.sizing.shape import ModelShape
@@ -134,6 +135,14 @@ def _kept(rank: int, folder: Path, dtype: str, parallel: dict[str, Any], recompu
 def test_activations_that_autograd_keeps(parallel: dict[str, Any], dtype: str, recompute: str, tmp_path: Path):
     folder = write_tiny_qwen3(tmp_path, num_hidden_layers=8, **DIMS)
     run_ranks(_kept, parallel.get("tp", 1), folder, dtype, parallel, recompute)
+
+
+@pytest.mark.parametrize("name", ["Qwen3-8B", "Qwen3-32B", "Qwen3-30B-A3B", "Qwen3-235B-A22B"])
+def test_parameters_are_those_that_transformers_would_make(name: str):
+    folder = Path(__file__).parents[1] / "data" / "models" / name
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    assert ModelShape.from_folder(folder).parameters == sum(param.numel() for param in model.parameters())
 
 
 def test_the_head_is_cut_as_the_head_cuts():

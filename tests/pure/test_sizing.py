@@ -6,13 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner, Result
 
+from megatron_distil.cli import app
 from megatron_distil.config.load import load_config
 from megatron_distil.config.schema import Config
 from megatron_distil.errors import DataError
 from megatron_distil.sizing import (
     H200_NODES,
     Layout,
+    Machine,
     ModelShape,
     Part,
     human,
@@ -139,6 +142,50 @@ def test_a_layout_that_does_not_fit_is_told_the_nearest_that_does(tmp_path: Path
     assert better.parallel.world_size == 2
 
 
+def test_a_mixture_is_told_to_share_its_experts_wider(tmp_path: Path):
+    chosen = config(
+        tmp_path, "train.dtype=bfloat16", "parallel.dp=8", "rollout.prompts_per_step=32", "teacher.weights=frozen"
+    )
+    shape = published("Qwen3-30B-A3B")
+    # By hand: 30.5e9 x (2 + 4 + 12 / 8 + 2) bytes are 290 GB on each of 8 ranks; with the experts over 4 of them about 130
+    settings = nearest(chosen, shape, H200_NODES)
+    assert settings[-1].startswith("--ep=")
+    ep = int(settings[-1].removeprefix("--ep="))
+    better = config(
+        tmp_path,
+        *("train.dtype=bfloat16", "parallel.dp=8", "rollout.prompts_per_step=32", "teacher.weights=frozen"),
+        *settings[:-1],
+    )
+    assert [one.path for one in shortfalls(better, shape, H200_NODES, ep=ep)] == []
+    assert list(problems(better, shape, ep=ep)) == []
+    assert "--ep = 3" in str(next(problems(better, shape, ep=3)))
+
+
+def call_plan(tmp_path: Path, *words: str) -> Result:
+    recipe = str(write_recipe(tmp_path))
+    return CliRunner().invoke(app, ["plan", recipe, f"model={MODELS / 'Qwen3-8B'}", "train.dtype=bfloat16", *words])
+
+
+def test_the_command_says_whether_it_fits(tmp_path: Path):
+    done = call_plan(tmp_path)
+    assert done.exit_code == 2
+    assert "a trainer rank needs" in done.stderr
+    assert "Try parallel." in done.stderr
+    done = call_plan(tmp_path, "parallel.tp=2", "parallel.dp=2")
+    assert done.exit_code == 0, done.stderr
+    assert "Seconds of a step on H200" in done.stdout
+    assert "An engine holds" in done.stdout
+
+
+def test_without_a_gpu_nothing_has_to_fit(tmp_path: Path):
+    done = call_plan(tmp_path, "--gpu", "cpu")
+    assert done.exit_code == 0
+    assert "Seconds" not in done.stdout
+    done = call_plan(tmp_path, "--gpu", "a100")
+    assert done.exit_code == 2
+    assert "--gpu = 'a100': its data sheet is not known. Use h200, h100 or cpu." in done.stderr
+
+
 def test_what_no_layout_holds_is_said(tmp_path: Path):
     tiny = replace(H200_NODES, gpu=replace(H200_NODES.gpu, memory_bytes=1e9))
     found = [str(one) for one in shortfalls(config(tmp_path), published("Qwen3-235B-A22B"), tiny)]
@@ -163,17 +210,12 @@ def test_how_many_requests_a_server_holds(tmp_path: Path):
 
 
 def test_decoding_is_bound_by_memory_and_a_larger_batch_costs_little(tmp_path: Path):
-    shape = published("Qwen3-8B")
-
-    def seconds(*overrides: str) -> dict[str, float]:
-        return {span.name: span.seconds for span in sizes(config(tmp_path, *overrides), shape).spans}
-
     # By hand: one request reads 2 x (8.19 - 0.62)e9 bytes at 0.7 x 4.8 TB/s for each of 16 tokens
-    one = seconds("rollout.prompts_per_step=1", "rollout.samples_per_prompt=1", 'objective={name="sft"}')
+    one = seconds(tmp_path, "rollout.prompts_per_step=1", "rollout.samples_per_prompt=1", 'objective={name="sft"}')
     assert set(one) == {"update"}
-    alone = seconds("rollout.prompts_per_step=1", "rollout.samples_per_prompt=1", 'objective={name="opsd"}')
+    alone = seconds(tmp_path, "rollout.prompts_per_step=1", "rollout.samples_per_prompt=1", 'objective={name="opsd"}')
     assert alone["generation"] == pytest.approx(16 * 2 * 7.568e9 / (0.7 * 4.8e12), rel=0.03)
-    many = seconds("rollout.prompts_per_step=8", "rollout.samples_per_prompt=1", 'objective={name="opsd"}')
+    many = seconds(tmp_path, "rollout.prompts_per_step=8", "rollout.samples_per_prompt=1", 'objective={name="opsd"}')
     assert many["generation"] < 1.2 * alone["generation"]
 
 
@@ -186,6 +228,76 @@ def test_an_update_takes_six_flops_a_parameter_and_token(tmp_path: Path):
     assert found["update"] == pytest.approx(by_hand, rel=0.01)
     again = sizes(config(tmp_path, "parallel.dp=8", "train.recompute=full"), shape).spans
     assert {span.name: span.seconds for span in again}["update"] == pytest.approx(by_hand * 4 / 3, rel=0.01)
+
+
+def test_the_first_stage_holds_the_activations_of_every_microbatch_in_flight(tmp_path: Path):
+    shape = published("Qwen3-8B")
+    one = by_name(sizes(config(tmp_path, "train.dtype=bfloat16"), shape).trainer)["activations"]
+    first = by_name(sizes(config(tmp_path, "train.dtype=bfloat16", "parallel.pp=4"), shape).trainer)["activations"]
+    norm = 2 * 4096 * 4096  # the last norm's input is the last stage's
+    assert first == pytest.approx(4 * (one - norm) / 4, rel=1e-6)
+
+
+def test_the_last_stage_is_the_fullest_where_the_head_is_larger_than_what_waits(tmp_path: Path):
+    tiny = ["train.dtype=bfloat16", "parallel.pp=2", "train.max_microbatch_tokens=256", "teacher.weights=live"]
+    parts = by_name(sizes(config(tmp_path, *tiny), published("Qwen3-8B")).trainer)
+    assert "head" in parts
+    long = ["train.dtype=bfloat16", "parallel.pp=2", "train.max_microbatch_tokens=65536"]
+    assert "head" not in by_name(sizes(config(tmp_path, *long), published("Qwen3-8B")).trainer)
+
+
+def test_more_processes_of_a_server_than_heads_hold_copies(tmp_path: Path):
+    # 4 heads of keys and values on 8 processes: one head each, twice
+    shape = published("Qwen3-235B-A22B")
+    four = by_name(sizes(config(tmp_path, "rollout.engine_tp=4"), shape).engine)
+    eight = by_name(sizes(config(tmp_path, "rollout.engine_tp=8"), shape).engine)
+    assert eight["keys and values"] == four["keys and values"]
+    kv = 2 * 94 * 4096 * 4 * 128
+    assert eight["weights"] == pytest.approx(2 * (shape.parameters + kv) / 8)
+
+
+def seconds(tmp_path: Path, *overrides: str, machine: Machine = H200_NODES) -> dict[str, float]:
+    chosen = config(tmp_path, "train.dtype=bfloat16", *overrides)
+    return {span.name: span.seconds for span in sizes(chosen, published("Qwen3-8B"), machine).spans}
+
+
+def test_a_pipeline_idles_while_it_fills(tmp_path: Path):
+    # 32 x 8 sequences of 64 tokens are 4 microbatches of 4,096: (4 - 1) / 4 more, over as many ranks
+    whole = seconds(tmp_path, "parallel.dp=4", "train.max_microbatch_tokens=4096", 'objective={name="opsd"}')
+    piped = seconds(tmp_path, "parallel.pp=4", "train.max_microbatch_tokens=4096", 'objective={name="opsd"}')
+    assert piped["update"] == pytest.approx(whole["update"] * 1.75, rel=1e-6)
+
+
+def test_gradients_travel_once_an_update_and_slower_between_nodes(tmp_path: Path):
+    """By hand: 4 + 2 bytes of each parameter, 7 / 8 of them, at 0.7 x 450 GB/s within a node and 0.7 x 50 GB/s between."""
+    grpo = ["parallel.dp=8", 'objective={name="grpo"}', "rollout.prompts_per_step=32"]
+    once = seconds(tmp_path, *grpo)["gradients and weights"]
+    assert once == pytest.approx(6 * 8.1907e9 * 7 / 8 / (0.7 * 450e9), rel=1e-3)
+    assert seconds(tmp_path, *grpo, "train.updates_per_step=4")["gradients and weights"] == pytest.approx(4 * once)
+    small = replace(H200_NODES, gpus_per_node=4)
+    assert seconds(tmp_path, *grpo, machine=small)["gradients and weights"] == pytest.approx(9 * once)
+
+
+def test_a_publication_goes_through_links_or_through_files(tmp_path: Path):
+    # By hand: 16.4 GB at 0.7 x 450 and 0.7 x 50 GB/s, or twice at 2 GB/s
+    assert seconds(tmp_path)["publication"] == pytest.approx(16.38e9 / 315e9 + 16.38e9 / 35e9, rel=1e-3)
+    assert seconds(tmp_path, "sync.sink=disk")["publication"] == pytest.approx(2 * 16.38e9 / 2e9, rel=1e-3)
+
+
+def test_near_is_the_same_number_of_ranks_and_a_configuration_that_is_right(tmp_path: Path):
+    # 8 ranks hold Qwen3-32B when the model is cut, so no ninth is asked for; 12 prompts forbid dp = 8
+    chosen = config(tmp_path, "train.dtype=bfloat16", "parallel.dp=8", "rollout.prompts_per_step=24")
+    settings = nearest(chosen, published("Qwen3-8B"), H200_NODES)
+    better = config(tmp_path, "train.dtype=bfloat16", "parallel.dp=8", "rollout.prompts_per_step=24", *settings)
+    assert better.parallel.world_size == 8
+    odd = config(tmp_path, "train.dtype=bfloat16", "rollout.prompts_per_step=3", "train.max_microbatch_tokens=65536")
+    settings = nearest(odd, published("Qwen3-32B"), H200_NODES)
+    repaired = config(  # raises where dp does not divide the prompts, or tp the microbatch
+        tmp_path,
+        *("train.dtype=bfloat16", "rollout.prompts_per_step=3", "train.max_microbatch_tokens=65536"),
+        *settings,
+    )
+    assert list(shortfalls(repaired, published("Qwen3-32B"), H200_NODES)) == []
 
 
 def test_a_plan_is_quick(tmp_path: Path):
