@@ -93,7 +93,7 @@ class SandboxReplica:
         """
         until = time.monotonic() + timeout_s
         body = wire.request_of(
-            program, request_id, test_timeout_s=self._config.test_timeout_s, deadline_s=round(timeout_s, 3)
+            program, request_id, test_timeout_s=self._config.test_timeout_s, deadline_s=max(round(timeout_s, 3), 0.001)
         )
         data = json.dumps(body).encode()
         await self._bring(program.case_file, until)
