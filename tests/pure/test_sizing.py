@@ -284,20 +284,19 @@ def test_a_publication_goes_through_links_or_through_files(tmp_path: Path):
     assert seconds(tmp_path, "sync.sink=disk")["publication"] == pytest.approx(2 * 16.38e9 / 2e9, rel=1e-3)
 
 
-def test_near_is_the_same_number_of_ranks_and_a_configuration_that_is_right(tmp_path: Path):
-    # 8 ranks hold Qwen3-32B when the model is cut, so no ninth is asked for; 12 prompts forbid dp = 8
-    chosen = config(tmp_path, "train.dtype=bfloat16", "parallel.dp=8", "rollout.prompts_per_step=24")
-    settings = nearest(chosen, published("Qwen3-8B"), H200_NODES)
-    better = config(tmp_path, "train.dtype=bfloat16", "parallel.dp=8", "rollout.prompts_per_step=24", *settings)
-    assert better.parallel.world_size == 8
-    odd = config(tmp_path, "train.dtype=bfloat16", "rollout.prompts_per_step=3", "train.max_microbatch_tokens=65536")
-    settings = nearest(odd, published("Qwen3-32B"), H200_NODES)
-    repaired = config(  # raises where dp does not divide the prompts, or tp the microbatch
-        tmp_path,
-        *("train.dtype=bfloat16", "rollout.prompts_per_step=3", "train.max_microbatch_tokens=65536"),
-        *settings,
-    )
-    assert list(shortfalls(repaired, published("Qwen3-32B"), H200_NODES)) == []
+def test_near_is_computing_again_before_more_ranks(tmp_path: Path):
+    chosen = config(tmp_path, "train.dtype=bfloat16", "parallel.dp=8", "train.max_microbatch_tokens=16384")
+    assert nearest(chosen, published("Qwen3-8B"), H200_NODES) == ("train.recompute=full",)
+
+
+def test_near_is_a_configuration_that_is_right(tmp_path: Path):
+    # with 4,096 tokens tp = 4 would be nearest; sequence parallelism cannot cut 4,098 tokens into four
+    given = ["train.dtype=bfloat16", "parallel.dp=8", "train.max_microbatch_tokens=4098"]
+    shape = published("Qwen3-32B")
+    assert "parallel.tp=4" in nearest(config(tmp_path, *given[:2]), shape, H200_NODES)
+    settings = nearest(config(tmp_path, *given), shape, H200_NODES)
+    repaired = config(tmp_path, *given, *settings)  # raises where a rule is broken
+    assert list(shortfalls(repaired, shape, H200_NODES)) == []
 
 
 def test_a_plan_is_quick(tmp_path: Path):
