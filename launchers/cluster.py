@@ -315,6 +315,8 @@ def _paths(cluster: Cluster) -> Iterator[Problem]:
         elif path == "shared" and re.search(r"[^\w./-]", value):
             reason = "has characters other than letters, digits and _ . / -, which nemo-run would not quote"
             yield Problem(path, value, reason, "Try a link without them.")
+        elif path == "shared" and "/nemo_run" in value:
+            yield Problem(path, value, "holds /nemo_run, which nemo-run replaces in its scripts", "Try another name.")
         elif re.search(r"[:,\s]", value) and path.startswith("mounts"):
             yield Problem(path, value, "a mount cannot have spaces, commas or colons in its path", "Rename the folder.")
 

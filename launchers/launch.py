@@ -127,8 +127,8 @@ def machine_problems(prepared: Prepared) -> list[Problem]:
 
 
 def home_of(cluster: Cluster) -> Path:
-    """nemo-run's folder: the nodes read their scripts from it."""
-    return Path(cluster.shared) / "nemo_run"
+    """nemo-run's folder: the nodes read their scripts from it. It replaces ``/nemo_run`` wherever that stands in a script."""
+    return Path(cluster.shared) / "slurm"
 
 
 def local_plan(config: Config, cluster: Cluster, folder: Path) -> JobPlan:

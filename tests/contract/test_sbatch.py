@@ -145,6 +145,8 @@ def test_a_launch_leaves_a_job_a_run_that_describes_itself_and_no_secret(login: 
     assert (job["job_id"], job["cluster"]) == ("4242", "c")
     script = Path(job["folder"]) / "rl_sbatch.sh"
     assert (login.folder / "sbatch.arguments").read_text().split() == ["--requeue", "--parsable", str(script)]
+    assert f"#SBATCH --output={job['folder']}/rl/sbatch_drill.rl-0_%j.out\n" in script.read_text()
+    assert f"bash {job['folder']}/rl/scripts/rl-0.sh" in script.read_text()
     assert "#SBATCH --export=PATH,HOME," in script.read_text()
     assert ",HF_TOKEN\n" in script.read_text()
     assert (run / "sandbox.token").stat().st_mode & 0o777 == 0o600

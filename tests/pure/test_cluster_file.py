@@ -72,6 +72,7 @@ def test_the_clusters_that_come_with_us_are_right(name):
         ({"shared": ""}, "", "shared = '': has to be stated. A folder that all nodes see, for example /shared/distil."),
         ({"shared": '"distil"'}, "", "shared = 'distil': not an absolute path. Try /distil."),
         ({"shared": '"/my runs"'}, "", "shared = '/my runs': has characters other than letters, digits and _ . / -, which nemo-run would not quote. Try a link without them."),
+        ({"shared": '"/a/nemo_run"'}, "", "shared = '/a/nemo_run': holds /nemo_run, which nemo-run replaces in its scripts. Try another name."),
         ({"code": '"../code"'}, "", "code = '../code': not an absolute path. Try /code."),
         ({}, "[env.all]\nno_proxy = '*'", "env.all.no_proxy = '*': not upper case, digits and underscores; nemo-run writes names in upper case. Try NO_PROXY."),
         ({}, "[env.trainr]\nA = '1'", "env.trainr = {'A': '1'}: not a role. Use all, trainer, rollout, teacher, sandbox."),
