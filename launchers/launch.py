@@ -1,7 +1,6 @@
 """Starts a recipe on a cluster: ``python -m launchers.launch RECIPE CLUSTER [KEY=VALUE]...``. Needs no torch.
 
-    exit code   0 submitted (with --follow: done) · 1 Slurm refused the job · 2 something is wrong, everything is listed, nothing
-                was submitted
+    exit code   0 submitted · 1 Slurm refused the job · 2 something is wrong, everything is listed, nothing was submitted
 
 The run directory is SHARED/runs/NAME. The same command again goes on with the run where it ended.
 """
@@ -237,9 +236,7 @@ def _parser() -> argparse.ArgumentParser:
         "those of the cluster as cluster.KEY=VALUE",
     )
     parser.add_argument("--name", default="", help="of the run and of its folder  [RECIPE]")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--dry-run", action="store_true", help="show what would be submitted")
-    what.add_argument("--follow", action="store_true", help="stay until the run has ended")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be submitted")
     parser.add_argument("--local", action="store_true", help="on this machine, in the foreground, without Slurm")
     return parser
 

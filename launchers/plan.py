@@ -25,6 +25,8 @@ STEP_GRACE_S = 600.0
 """A job that is asked to stop finishes its step and saves."""
 QUIET_HEALTH = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
 """A server's default would generate a token for each probe, and hang while it is paused."""
+OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+"""Otherwise ranks that torchrun starts again on several nodes meet the addresses of those before (pytorch issue 135712)."""
 SANDBOX_START_S = 120.0
 INHERITED = ("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "SLURM_CONF")
 """All that a job takes over from the environment of whoever submits it, beside the secrets that its cluster names."""
@@ -307,7 +309,7 @@ def _node_job(node: int, config: Config, cluster: Cluster, run: Run, places: Pla
     return Job(
         name="train",
         command=(*torchrun, *_distil_command(training)),
-        env={**cluster.env_of("trainer"), **gpus, "MEGATRON_DISTIL_REGISTRY": places.registry},
+        env={**cluster.env_of("trainer"), **gpus, **OWN_STORE, "MEGATRON_DISTIL_REGISTRY": places.registry},
         cwd=places.cwd,
         rank_logs=rank_logs,
         registry=places.registry,

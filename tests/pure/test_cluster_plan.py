@@ -83,6 +83,7 @@ def test_ranks_meet_at_an_address_that_only_the_nodes_know():
     assert job.registry == "/shared/distil/runs/drill/registry/{life}"
     assert job.env["MEGATRON_DISTIL_REGISTRY"] == job.registry
     assert job.env["CUDA_VISIBLE_DEVICES"] == "0,1,2,3,4,5,6,7"
+    assert job.env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
     assert (job.cwd, trainer.needs) == ("/shared/distil", {"rollout": 1, "sandbox": 1})
 
 
