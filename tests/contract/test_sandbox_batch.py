@@ -230,7 +230,7 @@ def test_a_client_that_hangs_up_takes_its_job_along_if_it_says_so(service: Servi
         service.post(spin, timeout=0.7)
     program = [pid for pid in descendants(service.process.pid) if pid not in idle]
     assert until(lambda: service.count("sandbox_workers_busy") == 0, 3)
-    assert not any(map(is_alive, program))
+    assert until(lambda: not any(map(is_alive, program)), 3)
     assert service.count("sandbox_cancelled_total") >= 1
     assert service.post(body(RIGHT + " # after a hang-up")).body["pass_all"]
 
