@@ -40,7 +40,7 @@ ATTACKS: list[Attack] = [
     *privileges.ATTACKS,
     *hacks.ATTACKS,
 ]
-SILENCE_S = 6.0
+SILENCE_S = 20.0
 """A program that is not back by then, and that nothing stopped, never comes."""
 _RIGHT = "print(int(input()) + 1)"
 _IPC_NEW, _IPC_REMOVE = 0o1666, 0
@@ -190,7 +190,7 @@ async def _success(worker: Worker, attack: Attack, off: Collection[str]) -> str:
         with mock.patch.object(judge, "_over_limit", return_value=None):
             said = judge.judge(replace(record, exit=max(record.exit, 0)), attack.mode, expected, every)
         return "a stopped run passes" if said.verdict == judge.PASSED else ""
-    loot = attack.loot([part.decode("utf-8", "replace") for part in (record.stdout, record.stderr, record.result)])
+    loot = attack.loot([_text(record.stdout), _text(record.stderr), _returned(record.result)])
     await asyncio.sleep(attack.lag_s)
     if loot or await is_well(worker):
         return loot
@@ -202,8 +202,20 @@ async def _success_against_naive_judge(attack: Attack, *, is_about_process: bool
         record = await worker.run(Task(code=naive.program(attack), input="", limits=limits.complete({"cpu_s": 10.0})))
     if is_about_process:
         return "the judge goes down with it" if naive.is_dead(record) else ""
-    loot = attack.loot([part.decode("utf-8", "replace") for part in (record.stdout, record.stderr)])
+    loot = attack.loot([_text(record.stdout), _text(record.stderr)])
     return "it passes" if naive.is_fooled(record) else loot
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "replace")
+
+
+def _returned(data: bytes) -> str:
+    """What a function returned; a traceback in the result would quote its source."""
+    try:
+        return str(json.loads(data).get("value"))
+    except (ValueError, AttributeError):
+        return ""
 
 
 def _failure_of_an_unbounded_decoder(data: bytes) -> str:

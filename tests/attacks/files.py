@@ -141,7 +141,7 @@ fd = libc.inotify_init1(0)
 r = libc.inotify_add_watch(fd, os.path.dirname("@SECRET@").encode(), 0xFFF)
 print("BREACH: watching" if r >= 0 else "refused")
 """,
-    f"seccomp {HIDDEN}",
+    "seccomp namespaces.mount",
 )
 attack("a terminal", "runtime_error", "import os\nos.openpty()\nprint('BREACH')", f"seccomp {HIDDEN}")
 attack(

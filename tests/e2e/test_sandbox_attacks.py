@@ -146,7 +146,7 @@ def test_a_mechanism_of_another_name_is_refused() -> None:
 @needs_2
 @pytest.mark.usefixtures("secret_environment")
 def test_no_attack_gets_anything_and_each_would_without_what_stops_it() -> None:
-    """About ten minutes on two cores. Leaves its findings in ``tests/results/sandbox_attacks.json``."""
+    """Twelve minutes on two quiet cores, twice that under load. Leaves its findings in ``tests/results/sandbox_attacks.json``."""
     ways: dict[str, Run] = {"worker": by_executor, "http": over_http}
     findings = {f"{way}, level {level}": run(ATTACKS, level) for way, run in ways.items() for level in LEVELS}
     attacks = [attack for attack in ATTACKS if attack.stopped_by]
