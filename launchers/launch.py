@@ -217,7 +217,7 @@ def _show(prepared: Prepared) -> int:
                 print(f"\n===== {script.path}\n{script.text}", end="")
     else:
         print("\n".join(f"\n===== {role.name}\n{role.script}" for role in prepared.plan.roles), end="")
-        print(f"\nThe batch script is nemo-run's, which is not here: {slurm.INSTALL}.", file=sys.stderr)
+        print(f"\nThe batch script is nemo-run's, which is not here. {slurm.INSTALL}", file=sys.stderr)
     if found := machine_problems(prepared):
         print("\nHere it would be refused:", *(f"  - {one}" for one in found), sep="\n", file=sys.stderr)
     return 0

@@ -20,7 +20,7 @@ from megatron_distil.errors import DistilError, Problem
 
 GROUP = "rl"
 """Name of the job group, and so of its files."""
-INSTALL = "pip install 'megatron_distil[launch]'"
+INSTALL = "Use tools/launch, or pip install 'megatron_distil[launch]'."
 
 
 class SubmitError(DistilError):
@@ -46,7 +46,7 @@ class Script(NamedTuple):
 def problems() -> Iterator[Problem]:
     """What this machine lacks to submit a job."""
     if importlib.util.find_spec("nemo_run") is None:
-        yield Problem("nemo-run", "missing", "it submits the job, and is not in this Python", f"{INSTALL}.")
+        yield Problem("nemo-run", "missing", "it submits the job, and is not in this Python", INSTALL)
     if shutil.which("sbatch") is None:
         reason = "not on the path; only a login node of the cluster can submit"
         yield Problem("sbatch", "missing", reason, "Launch from there, or add --dry-run or --local.")

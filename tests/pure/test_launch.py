@@ -130,7 +130,7 @@ def test_without_nemo_run_nothing_is_written_and_the_code_is_2(shared: Path, cap
     assert main(["drill", "generic", f"cluster.shared={shared}", f"cluster.code={shared}/code"]) == 2
     said = capsys.readouterr().err
     assert (
-        "nemo-run = 'missing': it submits the job, and is not in this Python. pip install 'megatron_distil[launch]'."
+        "nemo-run = 'missing': it submits the job, and is not in this Python. Use tools/launch, or pip install 'megatron_distil[launch]'."
         in said
     )
     assert "cluster.python.trainer" in said
