@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -184,3 +185,13 @@ def test_a_login_node_needs_neither_torch_nor_nemo_run():
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, env=env)
     assert ran.stderr.splitlines()[-1] == "[]"
     assert json.dumps("drill on generic")[1:-1] in ran.stdout
+
+
+def test_the_extra_and_the_environment_of_the_launcher_have_the_same_pins():
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["launch"]
+    lines = (ROOT / "tools" / "requirements" / "launch.txt").read_text().splitlines()
+    assert extra == [line for line in lines if line.startswith(("nemo-run", "leptonai"))]
+    exact = (ROOT / "tools" / "requirements" / "launch.constraints.txt").read_text()
+    assert "nemo_run==0.11.1\n" in exact
+    (lepton,) = [line for line in exact.splitlines() if line.startswith("leptonai==")]
+    assert tuple(map(int, lepton.removeprefix("leptonai==").split(".")[:2])) < (0, 47)
