@@ -18,6 +18,7 @@ from typing import IO
 from launchers import guard
 
 HOST = "127.0.0.1"
+"""What everything listens on where there is one machine."""
 PORTS = range(20000, 32000)
 """Below the range of ports that the kernel gives to outgoing connections."""
 _START_TIMEOUT_S = 30.0
@@ -149,38 +150,38 @@ def kill_strays() -> None:
             os.waitpid(ended.si_pid, 0)
 
 
-def free_port() -> int:
-    """A port that nobody listens on.
+def free_port(host: str = HOST) -> int:
+    """A port that nobody listens on at this address of ours.
 
     Raises:
         ProcessError: there is none.
     """
     for port in random.sample(PORTS, 200):
-        if is_free(port):
+        if is_free(port, host):
             return port
-    raise ProcessError(f"no free port: tried 200 of {PORTS.start}..{PORTS.stop - 1} on {HOST}")
+    raise ProcessError(f"no free port: tried 200 of {PORTS.start}..{PORTS.stop - 1} on {host}")
 
 
-def is_free(port: int) -> bool:
+def is_free(port: int, host: str = HOST) -> bool:
     """Whether a server could listen on ``port`` now."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, port))
+            probe.bind((host, port))
             probe.listen(1)
         except OSError:
             return False
         return True
 
 
-async def healthy_answer(port: int, path: str, *, timeout_s: float) -> str | None:
+async def healthy_answer(port: int, path: str, *, timeout_s: float, host: str = HOST) -> str | None:
     """The body of the answer to ``GET path``; None unless its status is 200 and it is complete in time."""
     try:
         async with asyncio.timeout(timeout_s):
-            reader, writer = await asyncio.open_connection(HOST, port)
+            reader, writer = await asyncio.open_connection(host, port)
             try:
                 # HTTP/1.0: the answer ends with the connection
-                writer.write(f"GET {path} HTTP/1.0\r\nHost: {HOST}:{port}\r\n\r\n".encode())
+                writer.write(f"GET {path} HTTP/1.0\r\nHost: {host}:{port}\r\n\r\n".encode())
                 head, _, body = (await reader.read()).partition(b"\r\n\r\n")
             finally:
                 writer.close()

@@ -3,10 +3,10 @@
     python -m launchers.supervisor [--die-with-parent] PLAN.json
 
 Services are kept alive and published in the registry; jobs run one after another. It ends with the jobs, and takes
-everything along that it started, also when it is killed itself (``guard.py``).
+everything along that it started, also when it is killed itself (``guard.py``). Without jobs it serves until it is ended.
 
     exit code   0 all jobs done · the code of the job that failed · 75 a service died too often, or the job found none
-                2 a service calls its settings wrong · 130 Ctrl-C · 143 SIGTERM
+                2 a service calls its settings wrong · 130 Ctrl-C, or a job that was asked to stop · 143 SIGTERM
     Ctrl-C      the job saves and ends, services are ended; once more: everything is killed at once
 """
 
@@ -22,6 +22,8 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -30,7 +32,7 @@ from launchers.jobplan import Job, JobPlan, ServicePlan, from_json
 from launchers.process import HOST, Process, ProcessError, free_port, healthy_answer, is_free, kill_strays, last_lines
 from megatron_distil.registry import HEARTBEAT_S, Record, Registry, State
 
-EXIT_SETTINGS, EXIT_UNAVAILABLE = 2, 75
+EXIT_SETTINGS, EXIT_UNAVAILABLE, EXIT_STOPPED = 2, 75, 130
 _KIND_BY_CODE = {EXIT_SETTINGS: "fatal", EXIT_UNAVAILABLE: "unavailable"}
 """First word of REASON: whether it makes sense to start the run again."""
 _POLL_S = 0.1
@@ -61,14 +63,27 @@ class Diary:
 
     def note(self, text: str) -> None:
         """One event that is only of interest afterwards."""
-        print(time.strftime("%F %T"), text, file=self._file)
+        with contextlib.suppress(OSError):  # a shared folder that is away for a while ends nothing
+            print(time.strftime("%F %T"), text, file=self._file)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """Where a supervisor works."""
+
+    host: str = HOST
+    """What services listen on and are asked at."""
+    is_alone: bool = True
+    """No other supervisor works in the folders of the plan: STOP and REASON found there are of an earlier attempt."""
+    is_first: bool = True
+    """Of the supervisors that run a part of the same job each: this one says that it is done."""
 
 
 class Service:
     """One service: its process, and what the registry says of it."""
 
-    def __init__(self, plan: ServicePlan, registry: Registry, diary: Diary) -> None:
-        self.plan, self._registry, self._diary = plan, registry, diary
+    def __init__(self, plan: ServicePlan, registry: Registry, diary: Diary, host: str) -> None:
+        self.plan, self._registry, self._diary, self._host = plan, registry, diary, host
         self.process: Process | None = None
         self._record: Record | None = None
         self._gen = -1
@@ -114,7 +129,7 @@ class Service:
         self._record = Record(
             role=plan.role,
             name=plan.name,
-            url=f"http://{HOST}:{port}",
+            url=f"http://{self._host}:{port}",
             pid=self.process.pid,
             pgid=self.process.pid,
             state="starting",
@@ -132,11 +147,11 @@ class Service:
 
     def _port(self) -> int:
         if not self.plan.port:
-            return free_port()
-        if is_free(self.plan.port):
+            return free_port(self._host)
+        if is_free(self.plan.port, self._host):
             return self.plan.port
         raise SupervisorError(
-            f"port {self.plan.port} of {self.plan.name} is in use on {HOST}. "
+            f"port {self.plan.port} of {self.plan.name} is in use on {self._host}. "
             "End the process that listens on it, or set the port to 0 to let a free one be chosen",
             EXIT_SETTINGS,
         )
@@ -152,10 +167,10 @@ class Service:
     async def _until_ready(self, process: Process, port: int, started: float) -> str:
         """Empty when it is ready; else why it is not."""
         while (code := process.exit_code()) is None:
-            if (answer := await healthy_answer(port, self.plan.health_path, timeout_s=5.0)) is not None:
+            if (answer := await self._answer(port, timeout_s=5.0)) is not None:
                 facts = "".join(f", {key} {value}" for key, value in _facts(answer, self.plan.ready_facts))
                 self._diary.say(
-                    f"{self.plan.name} is ready after {time.monotonic() - started:.0f} s at {HOST}:{port}{facts}"
+                    f"{self.plan.name} is ready after {time.monotonic() - started:.0f} s at {self._host}:{port}{facts}"
                 )
                 return ""
             if time.monotonic() - started > self.plan.start_timeout_s:
@@ -181,7 +196,10 @@ class Service:
         return _ended(code)
 
     async def _answers(self, port: int) -> bool:
-        return await healthy_answer(port, self.plan.health_path, timeout_s=self.plan.probe_every_s) is not None
+        return await self._answer(port, timeout_s=self.plan.probe_every_s) is not None
+
+    async def _answer(self, port: int, *, timeout_s: float) -> str | None:
+        return await healthy_answer(port, self.plan.health_path, timeout_s=timeout_s, host=self._host)
 
     def _is_paused(self) -> bool:
         return self._registry.is_paused(self.plan.role, self.plan.name)
@@ -190,7 +208,10 @@ class Service:
         if self._record is not None:
             fields = {**vars(self._record), "state": state, "ts": time.time()}
             self._record = Record(**fields)
-            self._registry.write(self._record)
+            try:
+                self._registry.write(self._record)
+            except OSError as error:
+                self._diary.say(f"{self.plan.name} cannot be published: {error}")
 
     async def _mourn(self, why: str) -> None:
         """Say what happened and wait until the next start, longer each time; or give up."""
@@ -219,11 +240,11 @@ class Service:
 class Supervisor:
     """Everything that a plan asks for."""
 
-    def __init__(self, plan: JobPlan) -> None:
-        self._plan = plan
+    def __init__(self, plan: JobPlan, site: Site) -> None:
+        self._plan, self._site = plan, site
         self._registry = Registry(plan.registry)
         self._diary = Diary(plan.log)
-        self._services = [Service(service, self._registry, self._diary) for service in plan.services]
+        self._services = [Service(service, self._registry, self._diary, site.host) for service in plan.services]
         self._job: tuple[Job, Process] | None = None
         self._done = {job.name: asyncio.Event() for job in plan.jobs}
         self._stopped_by: signal.Signals | None = None
@@ -241,7 +262,7 @@ class Supervisor:
             return await self._outcome(jobs, tasks)
         except SupervisorError as error:
             self._diary.say(str(error))
-            self._say_reason(f"{_KIND_BY_CODE.get(error.exit_code, 'failed')} {error}")
+            self._registry.say_reason(f"{_KIND_BY_CODE.get(error.exit_code, 'failed')} {error}")
             return error.exit_code
         finally:
             for task in (jobs, *tasks):
@@ -253,7 +274,7 @@ class Supervisor:
     async def _outcome(self, jobs: asyncio.Task[int], tasks: list[asyncio.Task[None]]) -> int:
         if self._stopped_by is not None:
             await self._stop_job()
-            self._say_reason(f"stopped by {self._stopped_by.name}")
+            self._registry.say_reason(f"stopped by {self._stopped_by.name}")
             return 128 + self._stopped_by
         if jobs.done():
             return jobs.result()
@@ -271,7 +292,8 @@ class Supervisor:
             loop.add_signal_handler(signum, self._on_signal, signum)
 
     def _clean_registry(self) -> None:
-        self._registry.forget_end()
+        if self._site.is_alone:
+            self._registry.forget_end()
         for service in self._plan.services:
             self._registry.remove(service.role, service.name)
 
@@ -303,11 +325,14 @@ class Supervisor:
                 if code != 0 or self._stopped_by is not None:
                     return code
             self._done[job.name].set()
-        self._say_reason("done")
+        if not self._plan.jobs:
+            await asyncio.Event().wait()
+        if self._site.is_first:
+            self._registry.say_reason("done")
         return 0
 
     async def _run_job(self, job: Job) -> int:
-        if job.registry:
+        if job.registry and self._site.is_alone:
             Registry(job.registry).forget_end()
         started = time.time()
         output = _append(job.log) if job.log else None
@@ -325,20 +350,25 @@ class Supervisor:
         self._diary.note(f"{job.name} ran {time.time() - started:.1f} s")
         return code if code == 0 or self._stopped_by is not None else self._explain(job, code, started)
 
+    def _was_asked_to_stop(self, job: Job, code: int) -> bool:
+        return (
+            code in (EXIT_STOPPED, EXIT_UNAVAILABLE) and bool(job.registry) and Registry(job.registry).stop_requested()
+        )
+
     def _explain(self, job: Job, code: int, started: float) -> int:
         """Tell why a job failed. Returns its exit code."""
+        if self._was_asked_to_stop(job, code):
+            self._diary.say(f"{job.name} has saved and ended, as it was asked to")
+            self._registry.say_reason(f"stopped {job.name} was asked to")
+            return code
         logs = [Path(job.log)] if job.log else sorted(Path(job.rank_logs).rglob("*.log")) if job.rank_logs else []
         for log in logs:
             if log.exists() and log.stat().st_mtime >= started:
                 for line in last_lines(log):
                     self._diary.say(f"  {log.parent.name}/{log.name} | {line}")
         self._diary.say(f"{job.name} {_ended(code)}")
-        self._say_reason(f"{_KIND_BY_CODE.get(code, 'failed')} {job.name} {_ended(code)}")
+        self._registry.say_reason(f"{_KIND_BY_CODE.get(code, 'failed')} {job.name} {_ended(code)}")
         return code
-
-    def _say_reason(self, text: str) -> None:
-        if not self._registry.reason():
-            self._registry.say_reason(text)
 
     def _on_signal(self, signum: signal.Signals) -> None:
         if self._stopped_by is None:
@@ -428,10 +458,19 @@ def _only_one(plan: JobPlan) -> Iterator[None]:
 
 def supervise(plan: JobPlan) -> int:
     """Run a plan in the foreground. Returns the exit code."""
+    return _to_the_end(plan, Site(), _only_one(plan))
+
+
+def supervise_part(plan: JobPlan, site: Site) -> int:
+    """Run the plan of one of several nodes that share their folders. Returns the exit code."""
+    return _to_the_end(plan, site, contextlib.nullcontext())
+
+
+def _to_the_end(plan: JobPlan, site: Site, claim: AbstractContextManager[None]) -> int:
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     try:
-        with _only_one(plan):
-            return asyncio.run(_run(plan))
+        with claim:
+            return asyncio.run(_run(plan, site))
     except SupervisorError as error:
         print(f"distil: {error}", file=sys.stderr)
         return error.exit_code
@@ -439,8 +478,8 @@ def supervise(plan: JobPlan) -> int:
         return 128 + signal.SIGINT
 
 
-async def _run(plan: JobPlan) -> int:
-    return await Supervisor(plan).run()
+async def _run(plan: JobPlan, site: Site) -> int:
+    return await Supervisor(plan, site).run()
 
 
 def main(argv: list[str]) -> int:

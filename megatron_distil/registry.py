@@ -2,8 +2,9 @@
 
     FOLDER/<role>/<name>.json      one service; written by its supervisor, every two seconds and at every change
     FOLDER/<role>/<name>.paused    whoever stops the service (SIGSTOP) says so here first
-    FOLDER/STOP                    the run shall save and end
-    FOLDER/REASON                  why it ended, one line
+    FOLDER/STOP                    the run shall save and end; with the word "end" in it: and not start again
+    FOLDER/REASON                  why it ended, one line of whoever knew it first; its first word:
+                                   done · stopped · unavailable · failed (start it again) · fatal (do not)
 
 A folder that every node sees is all that is needed: no name service, no daemon. Readers compare the writer's clock with
 their own, so the clocks of the nodes must agree to well under ``STALE_S``.
@@ -11,6 +12,7 @@ their own, so the clocks of the nodes must agree to well under ``STALE_S``.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -24,6 +26,7 @@ from megatron_distil.errors import RegistryError
 HEARTBEAT_S = 2.0
 STALE_S = 10.0
 _POLL_S = 0.2
+_FOR_GOOD = "end"
 
 State = Literal["starting", "ready"]
 
@@ -70,8 +73,21 @@ class Registry:
         records = [record for path in self._files(role) if (record := _read(path)) is not None]
         return [r for r in records if state in (None, r.state) and now - r.ts < stale_s]
 
+    def roles(self) -> list[str]:
+        """Roles of which a service has ever registered, sorted."""
+        try:
+            return sorted(entry.name for entry in os.scandir(self.folder) if entry.is_dir())
+        except FileNotFoundError:
+            return []
+
     def wait_for(
-        self, role: str, count: int, *, timeout_s: float, stopped: Callable[[], bool] = lambda: False
+        self,
+        role: str,
+        count: int,
+        *,
+        timeout_s: float,
+        stale_s: float = STALE_S,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> list[Record]:
         """All live records of a role, as soon as there are ``count`` of them.
 
@@ -80,7 +96,7 @@ class Registry:
         """
         deadline = time.monotonic() + timeout_s
         while True:
-            have = self.live(role)
+            have = self.live(role, stale_s=stale_s)
             if len(have) >= count:
                 return have
             if stopped():
@@ -117,8 +133,10 @@ class Registry:
         return self._path(role, name, "paused").exists()
 
     def say_reason(self, text: str) -> None:
-        """Leave a line that says why the run ended: exit codes do not survive torchrun and srun."""
-        _write_atomic(self.folder / "REASON", " ".join(text.split()) + "\n")
+        """Leave a line that says why the run ended: exit codes do not survive torchrun and srun. The first one stays."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError), (self.folder / "REASON").open("x") as file:
+            file.write(" ".join(text.split()) + "\n")
 
     def reason(self) -> str:
         """Empty while nobody has said one."""
@@ -129,11 +147,23 @@ class Registry:
 
     def request_stop(self) -> None:
         """Ask the run to save and to end after its current step."""
-        _write_atomic(self.folder / "STOP", "")
+        if not self.stop_requested():
+            _write_atomic(self.folder / "STOP", "")
+
+    def request_end(self) -> None:
+        """As ``request_stop``, and the job is not to be started again."""
+        _write_atomic(self.folder / "STOP", _FOR_GOOD + "\n")
 
     def stop_requested(self) -> bool:
         """Whether ``request_stop`` was called."""
         return (self.folder / "STOP").exists()
+
+    def end_requested(self) -> bool:
+        """Whether ``request_end`` was called."""
+        try:
+            return (self.folder / "STOP").read_text().strip() == _FOR_GOOD
+        except FileNotFoundError:
+            return False
 
     def forget_end(self) -> None:
         """Take STOP and REASON of an earlier attempt away."""
@@ -143,14 +173,19 @@ class Registry:
     def _path(self, role: str, name: str, suffix: str) -> Path:
         return self.folder / role / f"{name}.{suffix}"
 
-    def _files(self, role: str) -> list[Path]:
-        return sorted((self.folder / role).glob("*.json"))
+    def _files(self, role: str) -> list[str]:
+        folder = str(self.folder / role)
+        try:
+            return [f"{folder}/{name}" for name in sorted(os.listdir(folder)) if name.endswith(".json")]
+        except FileNotFoundError:
+            return []
 
 
-def _read(path: Path) -> Record | None:
+def _read(path: str) -> Record | None:
     """None for what does not parse: a reader may race a file system's cache, or the end of the service."""
     try:
-        fields: dict[str, Any] = json.loads(path.read_text())
+        with open(path, "rb") as file:
+            fields: dict[str, Any] = json.loads(file.read())
         return Record(**fields)
     except (OSError, ValueError, TypeError):
         return None

@@ -144,6 +144,43 @@ def test_a_service_that_is_taken_off_leaves_no_pause_behind(registry):
     assert not registry.is_paused("rollout", "rollout-0")
 
 
+def test_the_first_reason_stays(registry):
+    registry.say_reason("fatal the model is no folder")
+    registry.say_reason("failed train ended with exit code 1")
+    assert registry.reason() == "fatal the model is no folder"
+
+
+def test_the_wish_to_end_is_a_stop_that_outlives_a_plain_one(registry):
+    registry.request_stop()
+    assert not registry.end_requested()
+    registry.request_end()
+    registry.request_stop()
+    assert registry.stop_requested()
+    assert registry.end_requested()
+    registry.forget_end()
+    assert not registry.end_requested()
+
+
+def test_a_thousand_records_are_read_in_a_moment(registry, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    for index in range(1000):
+        registry.write(record(f"rollout-{index:04d}", ts=time.time() + 60.0))
+    costs = []
+    for _ in range(10):
+        began = time.process_time()  # others work on this machine as well
+        assert len(registry.live("rollout")) == 1000
+        costs.append(time.process_time() - began)
+    assert min(costs) < 0.05
+
+
+def test_what_registered_once_is_known_by_its_role(registry):
+    assert registry.roles() == []
+    registry.write(record())
+    registry.write(record("sandbox-0", role="sandbox"))
+    registry.request_stop()
+    assert registry.roles() == ["rollout", "sandbox"]
+
+
 def test_stop_and_reason_belong_to_one_attempt(registry):
     assert registry.reason() == ""
     assert not registry.stop_requested()
