@@ -3,7 +3,13 @@
     RUN/registry/JOB.RESTART/       one folder for each life: STOP, REASON and the records of the services
     RUN/registry/progress.JOB       step of the newest checkpoint when the last life began, and for how many lives it has been that
 
-A plain ``exit 1`` here ends the job without another requeue; a step that ends with anything but 0 leads to the next life.
+A plain ``exit`` here ends the job without another requeue; a step that ends with anything but 0 leads to the next life.
+
+    what the life before left       what this one does
+    REASON fatal ...                ends with 1: it would end in the same way
+    STOP with ``end`` in it         ends with 0: somebody wants the run to end, and it was lost before it could
+    no new checkpoint, N times      ends with 1
+    anything else                   goes on
 """
 
 from __future__ import annotations
@@ -21,7 +27,8 @@ if ! mkdir -p "$distil_life" || ! touch "$distil_life/began"; then
 fi
 trap 'echo "distil: the time limit is near, the run saves and ends"; touch "$distil_life/STOP"' USR1
 
-distil_reason=$(cat "$distil_run/registry/$SLURM_JOB_ID.$((distil_restart - 1))/REASON" 2>/dev/null)
+distil_before=$distil_run/registry/$SLURM_JOB_ID.$((distil_restart - 1))
+distil_reason=$(cat "$distil_before/REASON" 2>/dev/null)
 case $distil_reason in
   fatal*)
     echo "distil: another life would end as the last one did: $distil_reason"
@@ -29,6 +36,11 @@ case $distil_reason in
     exit 1
     ;;
 esac
+if [ "$(cat "$distil_before/STOP" 2>/dev/null)" = end ]; then
+  echo "distil: the run was asked to end"
+  echo "stopped it was asked to end" >"$distil_life/REASON"
+  exit 0
+fi
 
 distil_step=none
 for distil_file in "$distil_run"/checkpoints/step_*/COMPLETE; do

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from launchers.life import setup_text
+from megatron_distil.registry import Registry
 
 
 class Job:
@@ -64,6 +65,28 @@ def test_after_a_fatal_reason_the_job_ends_and_repeats_it(job: Job):
     assert ran.returncode == 1
     assert "alive" not in ran.stdout
     assert (job.folder(1) / "REASON").read_text() == "fatal train ended with exit code 2\n"
+
+
+def test_a_run_that_was_asked_to_end_and_was_lost_before_it_could_is_not_started_again(job: Job):
+    job.live(0)
+    Registry(job.folder(0)).request_end()
+    job.say_reason(0, "failed train was killed by SIGKILL")
+    ran = job.live(1)
+    assert (ran.returncode, ran.stdout) == (0, "distil: the run was asked to end\n")
+    assert Registry(job.folder(1)).reason().startswith("stopped")
+
+
+def test_a_time_limit_that_comes_after_the_wish_to_end_takes_nothing_from_it(job: Job):
+    job.live(0)
+    Registry(job.folder(0)).request_end()
+    (job.folder(0) / "STOP").touch()  # as the trap does
+    assert "alive" not in job.live(1).stdout
+
+
+def test_a_time_limit_alone_is_followed_by_another_life(job: Job):
+    job.live(0)
+    Registry(job.folder(0)).request_stop()
+    assert job.live(1).stdout == "alive\n"
 
 
 def test_lives_without_a_new_checkpoint_are_counted_and_ended(job: Job):
