@@ -1,11 +1,15 @@
 """torchrun, with the exit code of the rank that failed first and one line about it: ``python -m launchers.torchrun ...``.
 
-The stock command ends with 1 whatever a rank ended with, below a traceback of its own. The arguments are the same.
+The stock command ends with 1 whatever a rank ended with, below a traceback of its own. The arguments are the same. On a
+cluster the first node, and no other one, keeps the store where the nodes meet; the stock command compares addresses with
+those of the machine's own name, which often is 127.0.1.1.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
+import os
 import signal
 import sys
 
@@ -15,13 +19,17 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 EXIT_STOPPED = 130
 """As in ``megatron_distil.cli``."""
+_STORE_TIMEOUT_S = 600
 
 
 def main(arguments: list[str]) -> int:
     """Start the ranks and wait for them."""
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it would say the same in ten lines
+    options = run.parse_args(arguments)
+    if options.nnodes != "1":
+        meet(options, int(os.environ.get("SLURM_PROCID", "0")))
     try:
-        run.run(run.parse_args(arguments))
+        run.run(options)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode
@@ -33,6 +41,12 @@ def main(arguments: list[str]) -> int:
     except SignalException as error:
         return 128 + error.sigval
     return 0
+
+
+def meet(options: argparse.Namespace, node: int) -> None:
+    """Say who keeps the store, and wait for it as long as slow nodes need to import torch."""
+    given = [options.rdzv_conf] if options.rdzv_conf else []
+    options.rdzv_conf = ",".join([*given, f"is_host={node == 0}", f"read_timeout={_STORE_TIMEOUT_S}"])
 
 
 if __name__ == "__main__":
