@@ -11,7 +11,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,10 +24,15 @@ from megatron_distil.config.check import is_supervised
 from megatron_distil.config.load import flat, load_config, toml_value
 from megatron_distil.config.options import RunOptions
 from megatron_distil.config.schema import Config, ParallelConfig
-from megatron_distil.errors import ConfigError, DistilError, Problem
+from megatron_distil.errors import ConfigError, DataError, DistilError, EngineReplyError, NonFiniteLossError, Problem
+from megatron_distil.registry import Registry
 
 EXIT_STOPPED = 130
 """The run was asked to end before its last step; the same command goes on."""
+EXIT_UNAVAILABLE = 75
+"""Asks the launcher to start the run again."""
+_FATAL = (ConfigError, DataError, EngineReplyError, NonFiniteLossError)
+"""Another start would end in the same way."""
 _LOST_RANK = "the connection to another rank broke; torchrun says which one ended first"
 
 logger = logging.getLogger(__name__)
@@ -179,6 +184,9 @@ def _checked(recipe: str, overrides: Sequence[str] | None, *, is_sft: bool) -> C
 
 def _application(command: str, config: Config, options: RunOptions) -> Any:
     """``megatron_distil.app`` needs torch and Megatron; it is imported when everything that can be checked was checked."""
+    if options.registry is not None and (reason := Registry(options.registry).reason()):
+        _say(f"this life of the run has ended: {reason}")  # torchrun starts ranks again that meant to end
+        raise typer.Exit(EXIT_UNAVAILABLE)
     options.run.mkdir(parents=True, exist_ok=True)
     if _rank() == 0:
         (options.run / "versions.json").write_text(json.dumps(_versions(), indent=2) + "\n", encoding="utf-8")
@@ -202,6 +210,7 @@ def _finish(steps: int, config: Config) -> None:
     if steps < config.train.num_steps:
         if _rank() == 0:
             typer.echo(f"stopped after {steps} of {config.train.num_steps} steps; the same command goes on", err=True)
+        _say_reason(f"stopped after {steps} of {config.train.num_steps} steps")
         raise typer.Exit(EXIT_STOPPED)
 
 
@@ -217,6 +226,10 @@ def _reported(run: Path | None = None) -> Iterator[None]:
         raise typer.Exit(EXIT_STOPPED) from None
     except DistilError as error:
         _keep_traceback(run)
+        if isinstance(error, _FATAL):
+            _say_reason(f"fatal {error}")
+        elif error.exit_code == EXIT_UNAVAILABLE:
+            _say_reason(f"unavailable {error}")
         _say("\n".join([str(error), *getattr(error, "__notes__", ())]))
         raise typer.Exit(error.exit_code) from None
     except Exception as error:  # noqa: BLE001 - a bug, on its way out of the process
@@ -237,6 +250,17 @@ def _say(text: str) -> None:
     """All ranks have the same error; one of them prints it."""
     if _rank() == 0:
         typer.echo(text, err=True)
+
+
+def _say_reason(text: str) -> None:
+    """Why this life of a job ended; exit codes do not survive torchrun and srun. What torchrun may repair gives no reason."""
+    if folder := _registry():
+        with suppress(OSError):  # the error itself is more important
+            registry = Registry(folder)
+            is_wanted = (
+                text.startswith("unavailable") and registry.stop_requested()
+            )  # who was asked to stop stops waiting
+            registry.say_reason(text.replace("unavailable", "stopped", 1) if is_wanted else text)
 
 
 def _keep_traceback(run: Path | None) -> Path | None:

@@ -15,7 +15,8 @@ from megatron_distil.cli import app, rank_label
 from megatron_distil.config.load import load_config
 from megatron_distil.config.options import RunOptions
 from megatron_distil.config.schema import Config, ParallelConfig
-from megatron_distil.errors import DataError, EngineUnavailable, SandboxUnavailable, SyncError
+from megatron_distil.errors import DataError, EngineUnavailable, NonFiniteLossError, SandboxUnavailable, SyncError
+from megatron_distil.registry import Registry
 from tests.finished_run import write_run
 from tests.recipe import write_recipe
 
@@ -145,6 +146,49 @@ def test_an_error_of_ours_ends_with_its_text_and_its_code(
     done = call("train", recipe, "--run", str(tmp_path))
     assert done.exit_code == code
     assert done.stderr == f"{error}\nraised on rank 3\n"
+
+
+@pytest.mark.parametrize(
+    ("result", "reason"),
+    [
+        (DataError("train.jsonl:3: no prompt"), "fatal train.jsonl:3: no prompt"),
+        (NonFiniteLossError("step 3: nan"), "fatal step 3: nan"),
+        (SandboxUnavailable("no sandbox"), "unavailable no sandbox"),
+        (40, "stopped after 40 of 100 steps"),
+        (SyncError("torchrun may repair it"), ""),
+        (KeyError("a bug"), ""),
+        (100, ""),
+    ],
+)
+def test_a_rank_says_why_it_ends_where_no_exit_code_would(
+    result: int | BaseException, reason: str, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    Application(result).install(monkeypatch)
+    registry = Registry(tmp_path / "registry")
+    env = {"MEGATRON_DISTIL_REGISTRY": str(registry.folder), "RANK": "3"}
+    call("train", recipe, "parallel.tp=4", "--run", str(tmp_path), env=env)
+    assert registry.reason() == reason
+
+
+def test_a_rank_that_was_asked_to_stop_while_it_waits_has_stopped(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    Application(EngineUnavailable("asked to stop while waiting")).install(monkeypatch)
+    registry = Registry(tmp_path / "registry")
+    registry.request_stop()
+    call("train", recipe, "--run", str(tmp_path), env={"MEGATRON_DISTIL_REGISTRY": str(registry.folder)})
+    assert registry.reason() == "stopped asked to stop while waiting"
+
+
+def test_a_rank_that_is_started_again_after_its_life_has_ended_leaves_at_once(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    application = Application().install(monkeypatch)
+    registry = Registry(tmp_path / "registry")
+    registry.say_reason("stopped after 3 of 8 steps")
+    done = call("train", recipe, "--run", str(tmp_path), env={"MEGATRON_DISTIL_REGISTRY": str(registry.folder)})
+    assert (done.exit_code, application.calls) == (75, [])
+    assert done.stderr == "this life of the run has ended: stopped after 3 of 8 steps\n"
 
 
 def test_of_all_ranks_only_the_first_prints_an_error_that_all_have(
