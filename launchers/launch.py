@@ -1,6 +1,7 @@
 """Starts a recipe on a cluster: ``python -m launchers.launch RECIPE CLUSTER [KEY=VALUE]...``. Needs no torch.
 
     exit code   0 submitted · 1 Slurm refused the job · 2 something is wrong, everything is listed, nothing was submitted
+                with --follow: 0 the run is done · 1 it has ended without finishing
 
 The run directory is SHARED/runs/NAME. The same command again goes on with the run where it ended.
 """
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from launchers import admission, local, slurm
+from launchers import admission, local, slurm, status
 from launchers.cluster import Cluster, cluster_names, load_cluster
 from launchers.jobplan import ClusterPlan, JobPlan, RolePlan, to_json
 from launchers.plan import Places, Run, Training, cluster_plan, job_plan, services, training_job
@@ -122,7 +123,8 @@ def submit(prepared: Prepared) -> slurm.Submitted:
 def machine_problems(prepared: Prepared) -> list[Problem]:
     """What is missing here, or would be on the nodes."""
     where = prepared.config, prepared.cluster, prepared.run
-    return [*slurm.problems(), *admission.problems(*where, os.environ)]
+    running = status.already_running(status.Run(Path(prepared.run.folder)))
+    return [*running, *slurm.problems(), *admission.problems(*where, os.environ)]
 
 
 def home_of(cluster: Cluster) -> Path:
@@ -189,6 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"launch: {error}\nNothing was submitted.", file=sys.stderr)
         return error.exit_code
     print(f"{summary(prepared)}\njob {submitted.job_id}; its scripts and logs: {submitted.folder}")
+    if options.follow:
+        return status.follow(status.Run(Path(prepared.run.folder)))
     return 0
 
 
@@ -237,6 +241,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--name", default="", help="of the run and of its folder  [RECIPE]")
     parser.add_argument("--dry-run", action="store_true", help="show what would be submitted")
+    parser.add_argument(
+        "--follow", action="store_true", help="say how it is doing until it is over; Ctrl-C ends nothing"
+    )
     parser.add_argument("--local", action="store_true", help="on this machine, in the foreground, without Slurm")
     return parser
 
