@@ -62,9 +62,23 @@ def filters() -> dict[bool, linux.Seccomp]:
     return {may_fork: linux.Seccomp(linux.build_filter(may_fork=may_fork)) for may_fork in (False, True)}
 
 
-class _Clocks(NamedTuple):
+class Clocks(NamedTuple):
+    """What the clocks of a test said at its end."""
+
     stopped_by: str | None
     run_delay_s: float
+    setup_cpu_s: float = 0.0
+    """Not the program's: used before it began, where that is a lot."""
+
+
+class Started(NamedTuple):
+    """The process of a test."""
+
+    pid: int
+    ready: int
+    """Descriptor; becomes readable when the process is confined."""
+    at: float
+    """Of ``time.monotonic``."""
 
 
 class Keeper:
@@ -115,11 +129,7 @@ class Keeper:
         os.write(gate_keeper, b"g")
         for fd in (ready_child, gate, gate_keeper):
             os.close(fd)
-        pidfd = linux.pidfd_open(pid)
-        try:
-            clocks = self._watch(pid, pidfd, limits, started, group)
-        finally:
-            os.close(pidfd)
+        clocks = self._supervise(Started(pid, ready, started), limits, group)
         _, status, usage = os.wait4(pid, 0)
         if init is not None:  # its end is that of its namespace
             os.kill(init, signal.SIGKILL)
@@ -127,7 +137,7 @@ class Keeper:
         record: dict[str, object] = {
             "exit": os.waitstatus_to_exitcode(status),  # negative: killed by that signal
             "stopped_by": clocks.stopped_by,  # None, cpu, idle, wall, cancelled
-            "cpu_s": max(usage.ru_utime + usage.ru_stime, group.cpu_s() if group else 0.0),
+            "cpu_s": max(usage.ru_utime + usage.ru_stime - clocks.setup_cpu_s, group.cpu_s() if group else 0.0),
             "wall_s": time.monotonic() - started,
             "run_delay_s": clocks.run_delay_s,
             "max_rss_bytes": (group and group.peak_bytes()) or usage.ru_maxrss << 10,
@@ -221,9 +231,16 @@ class Keeper:
                     os.waitpid(pid, 0)
 
     # ---------------------------------------------------------------------------------------- clocks
+    def _supervise(self, started: Started, limits: dict[str, float], group: cgroup.Group | None) -> Clocks:
+        pidfd = linux.pidfd_open(started.pid)
+        try:
+            return self._watch(started.pid, pidfd, limits, started.at, group)
+        finally:
+            os.close(pidfd)
+
     def _watch(
         self, pid: int, pidfd: int, limits: dict[str, float], started: float, group: cgroup.Group | None
-    ) -> _Clocks:
+    ) -> Clocks:
         """Wait for the end of the child or of a budget, and stop the child in the second case."""
         clock, cpu = linux.process_cpu_clock(pid), 0.0
         tasks, delays = "", dict[str, float]()
@@ -236,14 +253,14 @@ class Keeper:
             rests = (limits["cpu_s"] - cpu, limits["wall_s"] - wall, max(limits["idle_s"] / 4, 0.05))
             events = dict(poll.poll(max(min(rests), 0.001) * 1000 + 1))
             if pidfd in events:
-                return _Clocks(None, sum(delays.values()))
+                return Clocks(None, sum(delays.values()))
             wall = time.monotonic() - started
             with suppress(OSError):  # it has just ended
                 cpu = group.cpu_s() if group else time.clock_gettime(clock)
             tasks = tasks or f"{self._outer_pid(pid, pidfd)}/task"
             self._add_run_delays(tasks, delays)
             delay = sum(delays.values())
-            reason = "cancelled" if events else _exceeded(limits, cpu=cpu, wall=wall, idle=wall - cpu - delay)
+            reason = "cancelled" if events else exceeded(limits, cpu=cpu, wall=wall, idle=wall - cpu - delay)
             if reason is None:
                 continue
             with suppress(OSError):
@@ -251,7 +268,7 @@ class Keeper:
                     linux.pidfd_send_signal(pidfd, signal.SIGXCPU)
                     poll.poll(CPU_GRACE_MS)
                 linux.pidfd_send_signal(pidfd, signal.SIGKILL)
-            return _Clocks(reason, delay)
+            return Clocks(reason, delay)
 
     def _add_run_delays(self, tasks: str, delays: dict[str, float]) -> None:
         """Seconds spent runnable but not running, per thread: the machine's fault, not the program's.
@@ -341,7 +358,8 @@ def _start_init() -> int:
         _exit(1)
 
 
-def _exceeded(limits: dict[str, float], *, cpu: float, wall: float, idle: float) -> str | None:
+def exceeded(limits: dict[str, float], *, cpu: float, wall: float, idle: float) -> str | None:
+    """Name of the first clock that ran out."""
     if cpu >= limits["cpu_s"]:
         return "cpu"
     if idle > limits["idle_s"]:

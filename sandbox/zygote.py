@@ -27,8 +27,11 @@ CHILD_ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "OMP_NUM_THREAD
 
 def main() -> None:
     """Serve until the control socket closes. Arguments: descriptor of the control socket, settings as JSON."""
-    control = socket.socket(fileno=int(sys.argv[1]))
-    settings = keeper.Settings(**json.loads(sys.argv[2]))
+    serve(socket.socket(fileno=int(sys.argv[1])), keeper.Settings(**json.loads(sys.argv[2])), keeper.Keeper)
+
+
+def serve(control: socket.socket, settings: keeper.Settings, supervisor: type[keeper.Keeper]) -> None:
+    """Fork a keeper of this kind for every socket that comes."""
     if settings.box is not None:
         wire.receive(control)  # sent when this process is in its control group
     del sys.path[0]  # the archive of these modules
@@ -61,18 +64,18 @@ def main() -> None:
             return
         if os.fork() == 0:
             control.close()
-            _keep(room, fds[0])
+            _keep(room, fds[0], supervisor)
         for fd in fds:
             os.close(fd)
 
 
-def _keep(room: keeper.Room, fd: int) -> None:
+def _keep(room: keeper.Room, fd: int, supervisor: type[keeper.Keeper]) -> None:
     """Be a keeper until its socket closes. Never returns."""
     status = 1
     try:
         service = socket.socket(fileno=fd)
         try:
-            keeper.Keeper(room, service).serve()
+            supervisor(room, service).serve()
             status = 0
         except BaseException as error:  # noqa: BLE001 - told to the service, which starts another keeper
             with suppress(OSError):
