@@ -36,9 +36,12 @@ RUNS_PER_KEEPER = 200
 STDERR_CAP = 1 << 20
 _INNER = (
     "__init__",
+    "bridge",
     "cgroup",
     "child",
     "foreign",
+    "frames",
+    "gvisor",
     "keeper",
     "languages",
     "limits",
@@ -171,14 +174,17 @@ class Worker:
         box = None if "cgroup" in absent else _box()
         box_fds = [box.open()] if box else []
         workdir = _empty_directory() if "namespaces.mount" in absent else None
-        settings = {
+        settings: dict[str, object] = {
             "without": absent,
             "read_only": interpreter.read_only,
             "workdir": workdir or "/tmp",
             "box": box_fds[0] if box_fds else None,
         }
+        entry = "zygote"
+        if level == walls.UNDER_GVISOR:
+            entry, settings = "gvisor", _around(settings, interpreter)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        archive = wire.sealed_file(_archive())
+        archive = wire.sealed_file(_archive(entry))
         arguments = [f"/proc/self/fd/{archive}", str(theirs.fileno()), json.dumps(settings)]
         try:
             process = subprocess.Popen(  # noqa: ASYNC220 - milliseconds, and a thread would take the zygote with it
@@ -203,9 +209,7 @@ class Worker:
             if box:
                 box.adopt(process.pid)
                 worker._control.send({"op": "start"})
-            hello, _ = await worker._control.receive(START_S)
-            if "identity" not in absent and os.getuid() == 0 and 0 in hello["uids"]:
-                raise WorkerFault("the user could not be dropped: setuid had no effect here")
+            await worker._greet(absent)
             worker._new_keeper()
         except (WorkerFault, OSError) as error:
             await worker.stop()
@@ -271,6 +275,13 @@ class Worker:
         if self._workdir:
             shutil.rmtree(self._workdir, ignore_errors=True)
 
+    async def _greet(self, absent: Collection[str]) -> None:
+        hello, _ = await self._control.receive(START_S)
+        if "error" in hello:
+            raise WorkerFault(str(hello["error"]))
+        if "identity" not in absent and os.getuid() == 0 and 0 in hello["uids"]:
+            raise WorkerFault("the user could not be dropped: setuid had no effect here")
+
     async def __aenter__(self) -> Worker:
         return self
 
@@ -306,15 +317,21 @@ def _record(message: Mapping[str, Any], outputs: Sequence[int]) -> Record:
 
 
 @cache
-def _archive() -> bytes:
+def _archive(entry: str) -> bytes:
     """The modules that run inside, so that no folder of ours must be readable there."""
     here = Path(__file__).parent
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name in _INNER:
             archive.writestr(f"sandbox/{name}.py", (here / f"{name}.py").read_bytes())
-        archive.writestr("__main__.py", "from sandbox.zygote import main\n\nmain()\n")
+        archive.writestr("__main__.py", f"from sandbox.{entry} import main\n\nmain()\n")
     return buffer.getvalue()
+
+
+def _around(settings: Mapping[str, object], interpreter: Interpreter) -> dict[str, object]:
+    """What ``gvisor.py`` is told: programs start in a /tmp of gVisor's, its bundle lies where they would start else."""
+    inside = {**settings, "workdir": "/tmp"}
+    return {"settings": inside, "python": interpreter.path, "folder": settings["workdir"]}
 
 
 def _environment(absent: Collection[str]) -> dict[str, str]:

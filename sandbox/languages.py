@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 from sandbox import limits as limits_
 
-LOWEST_LEVEL = 2
+LOWEST_LEVEL, HIGHEST_LEVEL = 2, 3
 
 
 class Language(NamedTuple):
@@ -72,6 +72,8 @@ def _reason(language: Language, level: int) -> str:
         return ""
     if level < LOWEST_LEVEL:
         return f"needs isolation level {LOWEST_LEVEL}, and this is level {level}"
+    if level > HIGHEST_LEVEL:
+        return f"only python runs at isolation level {level}"
     tools = [command[0] for command in (language.compile, language.run) if command and command[0].startswith("/")]
     missing = [tool for tool in tools if not os.access(tool, os.X_OK)]
     return f"{missing[0]} is not there" if missing else ""

@@ -86,10 +86,15 @@ def _options() -> argparse.Namespace:
         "--min-level",
         type=int,
         default=2,
-        choices=range(5),
+        choices=range(probe.HIGHEST + 1),
         help="isolation level below which the service refuses to start",
     )
-    add("--level", type=int, choices=range(probe.HIGHEST + 1), help="isolation level to use; the best if not given")
+    add(
+        "--level",
+        type=int,
+        choices=range(probe.HIGHEST + 1),
+        help="isolation level to use; if not given the best, but 4 only for --min-level 4: about ten times slower",
+    )
     add("--python", metavar="PATH", help="Python that runs programs; found by itself if not given")
     add("--token-file", type=Path, help="file (mode 0600) with the bearer token that requests must carry")
     add("--registry", type=Path, metavar="DIR", help="folder to keep a record of this service in, for clients")
@@ -142,6 +147,8 @@ def _prepare(options: argparse.Namespace) -> _Start:
         memory=found,
     )
     probed = probe.probe()
+    if probe.HIGHEST in (options.level, options.min_level):
+        probed = probe.with_gvisor(probed)
     isolation, python = _choose(options, probed)
     versions = {"python": python.version, "code": _code_digest(), **({"image": options.image} if options.image else {})}
     return _Start(

@@ -35,6 +35,22 @@ LEVELS: Mapping[str, int] = {
     "tmpfs.size": 2,
     "cgroup": 3,
 }
+UNDER_GVISOR = 4
+NOT_UNDER_GVISOR = frozenset(
+    {
+        "landlock",  # not known to its kernel, and only the bundle's trees are there
+        "namespaces.user",
+        "namespaces.mount",
+        "namespaces.net",
+        "namespaces.ipc",
+        "namespaces.uts",
+        "orphans",  # they end with the pid namespace
+        "rlimits.msgqueue",
+        "tmpfs.inodes",
+        "cgroup",
+    }
+)
+"""gVisor is the wall in their place, or its kernel has none of the kind."""
 
 
 def absent(level: int, without: Collection[str]) -> list[str]:
@@ -47,6 +63,8 @@ def absent(level: int, without: Collection[str]) -> list[str]:
     if unknown:
         raise ValueError(f"without: {sorted(unknown)} are no mechanisms; these are: {', '.join(LEVELS)}")
     off = {*without, *(name for name, lowest in LEVELS.items() if lowest > level)}
+    if level == UNDER_GVISOR:
+        return sorted(off | NOT_UNDER_GVISOR)
     if "namespaces.user" in off:  # an unprivileged user gets the others through it alone
         off |= {name for name in LEVELS if name.startswith(("namespaces.", "tmpfs.", "capabilities"))}
     if "namespaces.mount" in off:

@@ -59,9 +59,9 @@ def test_a_mechanism_that_is_missing_is_seen(mechanism: str, names: list[str]) -
 
 
 def test_a_level_that_is_out_of_reach_is_one_clear_message() -> None:
-    if BEST == probe.HIGHEST:
-        pytest.skip("this machine reaches every level")
-    command = [sys.executable, "-m", "sandbox.self_check", "--level", str(probe.HIGHEST)]
+    if BEST + 1 == probe.HIGHEST:
+        pytest.skip("this machine reaches every level but gVisor's")
+    command = [sys.executable, "-m", "sandbox.self_check", "--level", str(BEST + 1)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment(), check=False)
     assert done.returncode == 2
     assert "is required" in done.stderr
