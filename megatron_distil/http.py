@@ -7,6 +7,7 @@ there is another server to try.
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 from collections.abc import Callable
 from types import TracebackType
@@ -128,9 +129,10 @@ class Http:
             peer.unavailable: no answer in time, or a broken connection.
         """
         headers = {"Authorization": f"Bearer {peer.token}"} if peer.token else None
+        body = None if data is None else io.BytesIO(data)  # read in pieces: whole, a large one holds up all others
         try:
             async with asyncio.timeout(timeout_s):
-                async with self._opened().request(method, peer.url + path, data=data, headers=headers) as response:
+                async with self._opened().request(method, peer.url + path, data=body, headers=headers) as response:
                     return Reply(response.status, response.content_type, await response.read())
         except TimeoutError as error:
             raise peer.unavailable(f"{_where(peer, path)}: no answer within {timeout_s:g} s") from error

@@ -129,6 +129,14 @@ def test_a_status_is_no_error_where_it_is_asked_for() -> None:
     assert ask(handler, lambda http, peer: http.status(peer, "/ready", timeout_s=5.0)) == 503
 
 
+def test_a_large_body_arrives_whole() -> None:
+    async def size(request: web.Request) -> web.Response:
+        return web.json_response(len(await request.content.read()))
+
+    reply = ask(size, lambda http, peer: http.post(peer, "/", {"a": "x" * 2**21}, timeout_s=20.0))
+    assert reply == len('{"a": ""}') + 2**21
+
+
 def test_three_hundred_requests_are_in_flight_at_once() -> None:
     waiting = 0
     all_there = asyncio.Event()
