@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import io
 import itertools
+import json
 import os
 import random
 import signal
@@ -58,7 +60,8 @@ class Client:
 
     async def _ask(self, body: Job) -> tuple[int, dict[str, Any]]:
         try:
-            async with self._session.post(f"{self._url}/v1/run", json=body) as reply:
+            data = io.BytesIO(json.dumps(body).encode())
+            async with self._session.post(f"{self._url}/v1/run", data=data) as reply:
                 return reply.status, await reply.json()
         except (aiohttp.ClientError, ConnectionError):
             return 0, {}
