@@ -108,7 +108,8 @@ def main() -> None:
     control = socket.socket(fileno=int(sys.argv[1]))
     given = json.loads(sys.argv[2])
     folder = given["folder"]
-    linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # the folder goes, whatever this process waits for
+    linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGTERM)
     try:
         shutil.copyfile(sys.argv[0], folder + ARCHIVE)
         settings = json.dumps(given["settings"])

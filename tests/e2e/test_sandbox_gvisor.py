@@ -95,9 +95,11 @@ def test_a_service_states_the_level_and_nothing_outlives_it() -> None:
         assert aimed.findings(service.post(aimed.body).body, 4) == []
         assert service.get("/v1/capabilities").body["languages"] == ["python"]
         started = descendants(service.process.pid)
-        assert any("runsc" in line for line in map(_command_line, started))
+        (folder,) = {word[9:] for pid in started for word in _command_line(pid).split("\0") if "--bundle=" in word}
+        assert pathlib.Path(folder, "config.json").exists()
         service.process.kill()
         _wait(lambda: not [pid for pid in started if "runsc" in _command_line(pid)])
+        _wait(lambda: not pathlib.Path(folder).exists())
 
 
 @pytest.mark.usefixtures("runsc")
