@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from pathlib import Path
 
 COMMANDS = ("launch", "preflight", "status", "logs", "stop")
 """Modules of this package with a ``main(argv) -> int``."""
+
+_TELLING = ("status", "logs")
 
 
 def main(argv: list[str]) -> int:
@@ -16,6 +19,8 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] not in there:
         print(f"usage: python -m launchers {{{','.join(there)}}} ... (each with --help)", file=sys.stderr)
         return 2
+    if argv[0] in _TELLING:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # "| head" ends it without a traceback
     module = importlib.import_module(f"launchers.{argv[0]}")
     return module.main(argv[1:])
 
