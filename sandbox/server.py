@@ -93,7 +93,7 @@ def _options() -> argparse.Namespace:
         "--level",
         type=int,
         choices=range(probe.HIGHEST + 1),
-        help="isolation level to use; if not given the best, but 4 only for --min-level 4: about ten times slower",
+        help="isolation level to use; if not given the best, but 4 only for --min-level 4: ten to twenty times slower",
     )
     add("--python", metavar="PATH", help="Python that runs programs; found by itself if not given")
     add("--token-file", type=Path, help="file (mode 0600) with the bearer token that requests must carry")

@@ -8,7 +8,7 @@ import pathlib
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 
@@ -16,7 +16,7 @@ from sandbox import gvisor, interpreter, judge, limits, probe
 from sandbox.executor import Task, Worker, WorkerFault
 from tests import sandbox_attacks
 from tests.attacks.attack import ENVIRONMENT_SECRET, Attack
-from tests.sandbox_attacks import ATTACKS, armed
+from tests.sandbox_attacks import ATTACKS, Range, armed
 from tests.sandbox_service import RIGHT, TESTS, Service, command, descendants, environment
 
 SAMPLE = 10
@@ -55,6 +55,21 @@ def attacks() -> list[Attack]:
     return chosen[:: len(chosen) // SAMPLE][:SAMPLE]
 
 
+async def differences(worker: Worker, targets: Range, attacks: Sequence[Attack]) -> dict[str, list[str]]:
+    """What is wrong, by attack."""
+    wrong: dict[str, list[str]] = {}
+    for attack in attacks:
+        aimed = targets.aim(attack)
+        found = aimed.findings(await sandbox_attacks.answer_of(worker, aimed), 4)
+        if targets.trace(attack):
+            found.append("something was left on the host")
+        if not await sandbox_attacks.is_well(worker):
+            found.append("the program after it fails")
+        if found:
+            wrong[attack.name] = found
+    return wrong
+
+
 @pytest.mark.usefixtures("runsc")
 def test_verdicts_are_those_of_other_levels_and_a_sample_of_the_attacks_gets_nothing(
     monkeypatch: pytest.MonkeyPatch,
@@ -63,18 +78,9 @@ def test_verdicts_are_those_of_other_levels_and_a_sample_of_the_attacks_gets_not
     every = limits.complete(LIMITED)
 
     async def run() -> tuple[list[str], dict[str, list[str]]]:
-        wrong: dict[str, list[str]] = {}
         async with await Worker.start(4, interpreter.find()) as worker:
             records = [await worker.run(Task(code=code, input="41\n", limits=every)) for code, _ in ENDS]
-            for attack in attacks():
-                aimed = targets.aim(attack)
-                found = aimed.findings(await sandbox_attacks.answer_of(worker, aimed), 4)
-                if targets.trace(attack):
-                    found.append("something was left on the host")
-                if not await sandbox_attacks.is_well(worker):
-                    found.append("the program after it fails")
-                if found:
-                    wrong[attack.name] = found
+            wrong = await differences(worker, targets, attacks())
         return [judge.judge(record, "stdin", "42", every).verdict for record in records], wrong
 
     with armed() as targets:
@@ -82,6 +88,20 @@ def test_verdicts_are_those_of_other_levels_and_a_sample_of_the_attacks_gets_not
     assert verdicts == [verdict for _, verdict in ENDS]
     assert wrong == {}
     assert len(attacks()) == SAMPLE
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("runsc")
+def test_all_attacks_but_those_named_get_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two minutes."""
+    monkeypatch.setenv("PROJECT_TOKEN", ENVIRONMENT_SECRET)
+
+    async def run() -> dict[str, list[str]]:
+        async with await Worker.start(4, interpreter.find()) as worker:
+            return await differences(worker, targets, ATTACKS)
+
+    with armed() as targets:
+        assert asyncio.run(run()).keys() == NOT_STOPPED
 
 
 @pytest.mark.usefixtures("runsc")
