@@ -67,7 +67,7 @@ class Service:
         Raises:
             WorkerFault: they do not start.
         """
-        workers = [await self._start_worker() for _ in range(self.num_workers)]
+        workers = await asyncio.gather(*(self._start_worker() for _ in range(self.num_workers)))
         self._tasks = [asyncio.create_task(self._work(worker)) for worker in workers]
 
     async def submit(self, request: Request) -> Answer:
