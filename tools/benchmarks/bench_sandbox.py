@@ -27,7 +27,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,23 +74,31 @@ async def in_workers(level: int, jobs: int) -> Cost:
 
         await asyncio.gather(*(work(worker, 1) for worker in workers))
         own.clear()
-        pids = [pid for worker in workers for pid in (worker.process.pid, *descendants(worker.process.pid))]
-        before, started = time.process_time() + on_cpu(pids), time.perf_counter()
+        before, started = time.process_time() + on_cpu(workers), time.perf_counter()
         await asyncio.gather(*(work(worker, jobs // CORES) for worker in workers))
         wall = time.perf_counter() - started
-        cpu = time.process_time() + on_cpu(pids) - before + sum(own)
+        cpu = time.process_time() + on_cpu(workers) - before + sum(own)
     return Cost(len(own) / wall, cpu / len(own) * 1e3)
 
 
-def descendants(pid: int) -> list[int]:
-    """Below a process."""
-    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return [found for child in children for found in (child, *descendants(child))]
+def on_cpu(workers: Sequence[Worker]) -> float:
+    """Seconds that the processes of these have run, but for keepers that have ended: a keeper serves 200 tests."""
+    return sum(map(seconds_of, (pid for worker in workers for pid in tree(worker.process.pid))))
 
 
-def on_cpu(pids: Sequence[int]) -> float:
-    """Seconds that these have run."""
-    return sum(int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) for pid in pids) / 1e9
+def tree(pid: int) -> list[int]:
+    """A process and all below it."""
+    with suppress(OSError):
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return [pid, *(found for child in children for found in tree(int(child)))]
+    return []
+
+
+def seconds_of(pid: int) -> float:
+    """How long it has run; 0 if it has ended."""
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+    return 0.0
 
 
 def in_fresh_processes(command: Sequence[str], number: int, *, is_counted: bool) -> Cost:
