@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from launchers.process import PORTS
+from megatron_distil.registry import write_atomic
 
 ROUNDS = 5
 """Of which the quickest counts: the others waited for something else."""
@@ -88,16 +89,6 @@ def _bound() -> _Server:
     raise LinkError(f"none of 50 ports in {PORTS.start}..{PORTS.stop - 1} can be listened on")
 
 
-def own_address() -> str:
-    """The address from which this node reaches others: the routing table is asked, nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("10.255.255.255", 1))
-            return probe.getsockname()[0]
-        except OSError:
-            return "127.0.0.1"
-
-
 def clock_difference(address: str, port: int) -> tuple[float, float]:
     """Their clock minus ours, and how uncertain that is: half the round trip. As NTP does it.
 
@@ -162,12 +153,7 @@ def measure(
 
 def publish(path: Path, table: Mapping[str, Any]) -> None:
     """Readers see all of it, or nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as file:
-        json.dump(table, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_atomic(path, json.dumps(table))
 
 
 def collect(folder: Path, kind: str, count: int, timeout_s: float) -> list[dict[str, Any]]:

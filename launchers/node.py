@@ -10,7 +10,6 @@ exit code   that of the supervisor · 75 stopped or without its services · 0 th
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
@@ -24,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 
 from launchers.jobplan import ClusterPlan, JobPlan, RolePlan, cluster_from_json, filled
-from launchers.process import ProcessError, free_port
+from launchers.process import ProcessError, free_port, routed_address
 from launchers.supervisor import EXIT_SETTINGS, EXIT_STOPPED, EXIT_UNAVAILABLE, Site, supervise_part
 from megatron_distil.errors import RegistryError
 from megatron_distil.registry import Record, Registry
@@ -32,8 +31,6 @@ from megatron_distil.registry import Record, Registry
 MEETING = "rdzv"
 """Role of the record that says where the ranks of all nodes meet. It is no service and has no heartbeat."""
 MEETING_TIMEOUT_S = 600.0
-_SOMEWHERE = "10.255.255.255"
-"""Nothing is sent there: the kernel is asked which address of ours it would send from."""
 
 
 class NodeError(Exception):
@@ -81,15 +78,8 @@ def place_of(plan: ClusterPlan, role: str, environment: Mapping[str, str]) -> Pl
         reason = f"SLURM_PROCID={index}: role {role} has {len(part.node_plans)} nodes"
         raise NodeError(f"{reason}; start it with --ntasks={len(part.node_plans)} --ntasks-per-node=1", EXIT_SETTINGS)
     life = f"{environment['SLURM_JOB_ID']}.{environment.get('SLURM_RESTART_COUNT') or '0'}"
-    return Place(role=part, index=index, life=life, host=plan.host_ip or address())
-
-
-def address() -> str:
-    """The address that this machine would send from; a machine may have several, and a name that means none of them."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((_SOMEWHERE, 9))
-        return str(probe.getsockname()[0])
-    return socket.gethostbyname(socket.gethostname())
+    host = plan.host_ip or routed_address() or socket.gethostbyname(socket.gethostname())
+    return Place(role=part, index=index, life=life, host=host)
 
 
 def run(place: Place) -> int:

@@ -27,8 +27,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launchers.links import LinkError, Links, collect, listening, measure, own_address, publish
+from launchers.links import LinkError, Links, collect, listening, measure, publish
 from launchers.nodefacts import ROOT, Facts, gather, with_sources
+from launchers.process import routed_address
 
 MAX_SKEW_S = 1.0
 """Readers of the registry take a heartbeat for stale after 10 s by their own clock."""
@@ -173,7 +174,7 @@ def run(options: Options) -> list[Finding]:
     folder, node, count = options.folder, options.node, options.nodes
     folder.mkdir(parents=True, exist_ok=True)
     facts = gather(node, options.pythons, asks_sandbox=options.wanted.min_level > 0)
-    address = options.host_ip or own_address()
+    address = options.host_ip or routed_address() or "127.0.0.1"
     with listening() as port, listening() as rendezvous:
         publish(folder / f"facts-{node}.json", asdict(facts))
         publish(folder / f"address-{node}.json", {"address": address, "port": port, "rendezvous": rendezvous})

@@ -23,6 +23,7 @@ PORTS = range(20000, 32000)
 """Below the range of ports that the kernel gives to outgoing connections."""
 _START_TIMEOUT_S = 30.0
 _POLL_S = 0.05
+_SOMEWHERE = "10.255.255.255"
 
 
 class ProcessError(Exception):
@@ -148,6 +149,17 @@ def kill_strays() -> None:
     with contextlib.suppress(ChildProcessError):
         while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid not in _guards:
             os.waitpid(ended.si_pid, 0)
+
+
+def routed_address() -> str:
+    """The address that this machine would send to others from; empty: it has no route. A machine may have several.
+
+    The kernel is asked, nothing is sent.
+    """
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((_SOMEWHERE, 9))
+        return str(probe.getsockname()[0])
+    return ""
 
 
 def free_port(host: str = HOST) -> int:

@@ -60,7 +60,7 @@ class Registry:
 
     def write(self, record: Record) -> None:
         """Replace the record of (role, name); readers see the old one or the new one."""
-        _write_atomic(self._path(record.role, record.name, "json"), json.dumps(asdict(record)))
+        write_atomic(self._path(record.role, record.name, "json"), json.dumps(asdict(record)))
 
     def remove(self, role: str, name: str) -> None:
         """Take a service off, for good."""
@@ -118,7 +118,7 @@ class Registry:
 
     def mark_paused(self, record: Record) -> None:
         """Say that the service is about to be stopped by SIGSTOP: silence is not death until ``clear_paused``."""
-        _write_atomic(self._path(record.role, record.name, "paused"), str(os.getpid()))
+        write_atomic(self._path(record.role, record.name, "paused"), str(os.getpid()))
 
     def clear_paused(self, record: Record) -> None:
         """The service runs again."""
@@ -148,11 +148,11 @@ class Registry:
     def request_stop(self) -> None:
         """Ask the run to save and to end after its current step."""
         if not self.stop_requested():
-            _write_atomic(self.folder / "STOP", "")
+            write_atomic(self.folder / "STOP", "")
 
     def request_end(self) -> None:
         """As ``request_stop``, and the job is not to be started again."""
-        _write_atomic(self.folder / "STOP", _FOR_GOOD + "\n")
+        write_atomic(self.folder / "STOP", _FOR_GOOD + "\n")
 
     def stop_requested(self) -> bool:
         """Whether ``request_stop`` was called."""
@@ -191,7 +191,8 @@ def _read(path: str) -> Record | None:
         return None
 
 
-def _write_atomic(path: Path, text: str) -> None:
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a file: readers, on other nodes too, see the old text or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w") as file:
