@@ -47,37 +47,22 @@ def problems(config: Config, shape: ModelShape, *, ep: int = 1) -> Iterator[Prob
     if shape.experts % ep or replicas % ep:
         reason = f"has to divide the {shape.experts} experts and the {replicas} ranks of a pipeline stage"
         yield Problem("--ep", ep, reason, f"Try {math.gcd(shape.experts, replicas, ep)}.")
+    heads, kv_heads = f"{shape.heads} attention heads", f"{shape.kv_heads} heads of keys and values"
     if shape.heads % parallel.tp:
-        yield Problem(
-            "parallel.tp",
-            parallel.tp,
-            f"the model has {shape.heads} attention heads",
-            f"Try {_divisor(shape.heads, parallel.tp)}.",
-        )
+        yield _indivisible("parallel.tp", parallel.tp, shape.heads, heads)
     elif shape.kv_heads % parallel.tp:
-        yield Problem(
-            "parallel.tp",
-            parallel.tp,
-            f"the model has {shape.kv_heads} heads of keys and values",
-            f"Try {_divisor(shape.kv_heads, parallel.tp)}.",
-        )
+        yield _indivisible("parallel.tp", parallel.tp, shape.kv_heads, kv_heads)
     if shape.layers % parallel.pp:
-        yield Problem(
-            "parallel.pp",
-            parallel.pp,
-            f"the model has {shape.layers} layers",
-            f"Try {_divisor(shape.layers, parallel.pp)}.",
-        )
+        yield _indivisible("parallel.pp", parallel.pp, shape.layers, f"{shape.layers} layers")
     if shape.heads % config.rollout.engine_tp:
-        yield Problem(
-            "rollout.engine_tp",
-            config.rollout.engine_tp,
-            f"the model has {shape.heads} attention heads",
-            f"Try {_divisor(shape.heads, config.rollout.engine_tp)}.",
-        )
+        yield _indivisible("rollout.engine_tp", config.rollout.engine_tp, shape.heads, heads)
     if config.objective.needs_teacher and config.teacher.support != "full" and config.teacher.top_k >= shape.vocab:
         reason = f"the model knows {shape.vocab} tokens, and at least one has to lie outside the support"
         yield Problem("teacher.top_k", config.teacher.top_k, reason, f"Try {min(100, shape.vocab // 2)}.")
+
+
+def _indivisible(field: str, value: int, count: int, what: str) -> Problem:
+    return Problem(field, value, f"the model has {what}", f"Try {_divisor(count, value)}.")
 
 
 def sizes(
