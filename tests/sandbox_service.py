@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable
@@ -142,6 +143,14 @@ def children(pid: int) -> list[int]:
 
 def descendants(pid: int) -> list[int]:
     return [found for child in children(pid) for found in (child, *descendants(child))]
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> bool:
+    """Wait, but not for ever; whether it came true."""
+    end = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return condition()
 
 
 def is_alive(pid: int) -> bool:

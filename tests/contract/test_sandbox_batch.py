@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -26,6 +26,7 @@ from tests.sandbox_service import (
     children,
     descendants,
     is_alive,
+    until,
 )
 
 
@@ -34,13 +35,6 @@ def service() -> Iterator[Service]:
     options = ("--workers", "1", "--queue", "4", "--max-stored-bytes", "2000", "--max-body-bytes", "100000")
     with Service(*options, "--read-s", "2", "--min-level", "0") as running:
         yield running
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> bool:
-    end = time.monotonic() + timeout_s
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
-    return condition()
 
 
 def body(code: str, **more: object) -> dict[str, object]:

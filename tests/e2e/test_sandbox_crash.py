@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import pytest
 
@@ -26,18 +26,12 @@ from tests.sandbox_service import (
     descendants,
     environment,
     is_alive,
+    until,
 )
 
 LEVELS = [level for level in (2, 1) if level <= probe.probe().level]
 BUSY = {"code": SPIN, "tests": TESTS, "limits": {"cpu_s": 20.0}}
 GONE_S = 5.0
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> bool:
-    end = time.monotonic() + timeout_s
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.02)
-    return condition()
 
 
 def survivors(pids: Iterable[int]) -> list[int]:
