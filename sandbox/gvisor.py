@@ -111,6 +111,16 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # the folder goes, whatever this process waits for
     linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGTERM)
     try:
+        try:
+            _work(control, given, folder)
+        finally:  # the service's end closes the socket first and sends the signal then: not into the middle of removing
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _work(control: socket.socket, given: Mapping[str, Any], folder: str) -> None:
+    try:
         shutil.copyfile(sys.argv[0], folder + ARCHIVE)
         settings = json.dumps(given["settings"])
         arguments = [given["python"], "-s", "-S", "-c", _INSIDE, settings]
@@ -125,7 +135,7 @@ def main() -> None:
         pass
     finally:
         os.kill(inside.pid, signal.SIGKILL)
-        shutil.rmtree(folder, ignore_errors=True)
+        os.waitpid(inside.pid, 0)  # it writes to the folder while it lives
 
 
 def _start(line: Sequence[str], log: str) -> _Inside:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -150,6 +153,32 @@ def test_the_end_of_gvisor_is_a_fault_and_no_verdict() -> None:
                 await asyncio.wait_for(running, 10)
 
     asyncio.run(run())
+
+
+def test_a_signal_while_the_bundle_is_removed_does_not_stop_that(tmp_path: pathlib.Path) -> None:
+    """A service that is killed closes its socket a moment before the signal of its death arrives."""
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    program = tmp_path / "worker.py"
+    program.write_text(
+        "import os, shutil, signal\n"
+        "from sandbox import gvisor\n"
+        "remove = shutil.rmtree\n"
+        "def removed_under_a_signal(*args, **kwargs):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    remove(*args, **kwargs)\n"
+        "shutil.rmtree = removed_under_a_signal\n"
+        "gvisor.RUNSC = ('/bin/false',)\n"
+        "gvisor.main()\n"
+    )
+    given = {"folder": str(folder), "python": sys.executable, "settings": {"read_only": []}}
+    service, worker = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with service, worker:
+        line = [sys.executable, str(program), str(worker.fileno()), json.dumps(given)]
+        paths = {"PYTHONPATH": str(pathlib.Path(gvisor.__file__).parents[1])}
+        ran = subprocess.run(line, env=paths, pass_fds=[worker.fileno()], capture_output=True, timeout=60, check=False)
+    assert (ran.returncode, ran.stderr) == (0, b"")
+    assert not folder.exists()
 
 
 def test_where_there_is_no_runsc_the_reason_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
