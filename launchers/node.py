@@ -4,12 +4,15 @@
 2 waits, where there are jobs   for the services that they need; the first node says where all ranks meet
 3 becomes the supervisor        of its ``JobPlan``, with these facts filled in
 
-exit code   that of the supervisor · 75 stopped or without its services · 0 the run was asked to end for good
-            2 it cannot find out who it is
+A node that Slurm has given up may go on by itself, beside the life that took over. It ends as soon as it sees that one.
+
+exit code   that of the supervisor · 75 stopped or without its services · 2 it cannot find out who it is
+            0 the run was asked to end for good, or another life has begun: the batch shell starts nothing again after a 0
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -19,12 +22,20 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 from launchers.jobplan import ClusterPlan, JobPlan, RolePlan, cluster_from_json, filled
 from launchers.process import ProcessError, free_port, routed_address
-from launchers.supervisor import EXIT_SETTINGS, EXIT_STOPPED, EXIT_UNAVAILABLE, Site, supervise_part
+from launchers.supervisor import (
+    EXIT_SETTINGS,
+    EXIT_STOPPED,
+    EXIT_SUPERSEDED,
+    EXIT_UNAVAILABLE,
+    Site,
+    supervise_part,
+)
 from megatron_distil.errors import RegistryError
 from megatron_distil.registry import Record, Registry
 
@@ -82,6 +93,45 @@ def place_of(plan: ClusterPlan, role: str, environment: Mapping[str, str]) -> Pl
     return Place(role=part, index=index, life=life, host=host)
 
 
+def successor(life: Path) -> str:
+    """The life that has begun in place of the one with this folder of the registry; empty: none has.
+
+    A node that has lost the shared folder for a while sees nothing, and goes on.
+    """
+    with contextlib.suppress(OSError):
+        present = _present_job(life.parents[1])
+        return next((other.name for other in life.parent.iterdir() if _follows(other, life, present)), "")
+    return ""
+
+
+def _follows(other: Path, life: Path, present: str) -> bool:
+    """Whether a life has begun after another one: a later one of its job, or one of the job that the run has now.
+
+    Numbers of jobs start anew with a new Slurm, so between jobs the clock of the shared file system decides.
+    """
+    job, _, restart = life.name.partition(".")
+    other_job, _, other_restart = other.name.partition(".")
+    if other_job == job and other_restart.isdigit():
+        return int(other_restart) > int(restart) and _began(other) > 0
+    return other_job == present and _began(other) > _began(life)
+
+
+def _began(life: Path) -> int:
+    """When the batch shell of a life began, in ns; 0: it has not."""
+    try:
+        return (life / "began").stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def _present_job(run: Path) -> str:
+    """The job that was launched last; empty: not known."""
+    try:
+        return str(json.loads((run / "job.json").read_text(encoding="utf-8"))["job_id"])
+    except (OSError, ValueError, KeyError):
+        return ""
+
+
 def run(place: Place) -> int:
     """Do this node's part. Returns the exit code."""
     plan = place.plan
@@ -89,7 +139,8 @@ def run(place: Place) -> int:
     registry.folder.mkdir(parents=True, exist_ok=True)
     if place.index == 0:
         write_about(place)
-    site = Site(host=place.host, is_alone=False, is_first=place.index == 0)
+    next_life = partial(successor, registry.folder)
+    site = Site(host=place.host, is_alone=False, is_first=place.index == 0, successor=next_life)
     try:
         if plan.jobs:
             plan = filled(plan, {"rdzv": meeting_place(place, registry)})
@@ -98,7 +149,8 @@ def run(place: Place) -> int:
         print(f"distil: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
     is_over = code in (EXIT_STOPPED, EXIT_UNAVAILABLE) and registry.end_requested()
-    return 0 if is_over else code
+    # after any other code the batch shell of this life would have the job requeued, and so end the life that took over
+    return 0 if is_over or code == EXIT_SUPERSEDED else code
 
 
 def meeting_place(place: Place, registry: Registry) -> str:
@@ -107,20 +159,24 @@ def meeting_place(place: Place, registry: Registry) -> str:
     The first node chooses it; the others read it, however old the record is: nobody writes it again.
 
     Raises:
-        NodeError: asked to stop meanwhile, or the time was over; REASON says which.
+        NodeError: asked to stop meanwhile, another life has begun, or the time was over; REASON says which.
     """
+
+    def stopped() -> bool:
+        return registry.stop_requested() or bool(successor(registry.folder))
+
     try:
         for role, count in place.role.needs.items():
-            found = registry.wait_for(
-                role, count, timeout_s=place.role.needs_timeout_s, stopped=registry.stop_requested
-            )
+            found = registry.wait_for(role, count, timeout_s=place.role.needs_timeout_s, stopped=stopped)
             print(f"distil: {role}: {', '.join(one.url for one in found)}", file=sys.stderr, flush=True)
         if place.index == 0:
             _say_meeting(registry, f"{place.host}:{free_port(place.host)}")
-        (meeting,) = registry.wait_for(
-            MEETING, 1, timeout_s=MEETING_TIMEOUT_S, stale_s=float("inf"), stopped=registry.stop_requested
-        )
+        (meeting,) = registry.wait_for(MEETING, 1, timeout_s=MEETING_TIMEOUT_S, stale_s=float("inf"), stopped=stopped)
     except (RegistryError, ProcessError) as error:
+        if life := successor(registry.folder):
+            text = f"life {life} has begun; this one ends"
+            registry.say_reason(f"failed {text}")
+            raise NodeError(text, EXIT_SUPERSEDED) from error
         kind = "stopped" if registry.stop_requested() else "unavailable"
         registry.say_reason(f"{kind} {error}")
         raise NodeError(str(error), EXIT_UNAVAILABLE) from error

@@ -7,6 +7,7 @@ everything along that it started, also when it is killed itself (``guard.py``). 
 
     exit code   0 all jobs done · the code of the job that failed · 75 a service died too often, or the job found none
                 2 a service calls its settings wrong · 130 Ctrl-C, or a job that was asked to stop · 143 SIGTERM
+                76 another life has begun, and the files are its own: everything was killed at once
     Ctrl-C      the job saves and ends, services are ended; once more: everything is killed at once
 """
 
@@ -21,7 +22,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from launchers.jobplan import Job, JobPlan, ServicePlan, from_json
 from launchers.process import HOST, Process, ProcessError, free_port, healthy_answer, is_free, kill_strays, last_lines
 from megatron_distil.registry import HEARTBEAT_S, Record, Registry, State
 
-EXIT_SETTINGS, EXIT_UNAVAILABLE, EXIT_STOPPED = 2, 75, 130
+EXIT_SETTINGS, EXIT_UNAVAILABLE, EXIT_SUPERSEDED, EXIT_STOPPED = 2, 75, 76, 130
 _KIND_BY_CODE = {EXIT_SETTINGS: "fatal", EXIT_UNAVAILABLE: "unavailable"}
 """First word of REASON: whether it makes sense to start the run again."""
 _POLL_S = 0.1
@@ -77,6 +78,8 @@ class Site:
     """No other supervisor works in the folders of the plan: STOP and REASON found there are of an earlier attempt."""
     is_first: bool = True
     """Of the supervisors that run a part of the same job each: this one says that it is done."""
+    successor: Callable[[], str] = lambda: ""
+    """The life that has begun in place of this one; empty: none has. Asked at every heartbeat and before every job."""
 
 
 class Service:
@@ -299,10 +302,21 @@ class Supervisor:
 
     async def _heartbeats(self) -> None:
         while True:
+            self._give_way()
             for service in self._services:
                 service.heartbeat()
             kill_strays()
             await asyncio.sleep(HEARTBEAT_S)
+
+    def _give_way(self) -> None:
+        """Kill everything when another life has begun: two would write into one folder, and this one is the lost one.
+
+        Raises:
+            SupervisorError: one has.
+        """
+        if life := self._site.successor():
+            self._kill_now()
+            raise SupervisorError(f"life {life} has begun; this one ends", EXIT_SUPERSEDED)
 
     def _processes(self) -> Iterator[Process]:
         yield from (service.process for service in self._services if service.process is not None)
@@ -332,6 +346,7 @@ class Supervisor:
         return 0
 
     async def _run_job(self, job: Job) -> int:
+        self._give_way()
         if job.registry and self._site.is_alone:
             Registry(job.registry).forget_end()
         started = time.time()

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +15,10 @@ import pytest
 
 from launchers.jobplan import ClusterPlan, Job, JobPlan, RolePlan, ServicePlan, to_json
 from launchers.life import setup_text
-from launchers.node import MEETING, commit, place_of
+from launchers.node import MEETING, commit, place_of, successor
 from launchers.plan import OWN_STORE
 from megatron_distil.registry import Registry
-from tests.supervised import ROOT, eventually, is_alive
+from tests.supervised import ROOT, eventually, is_alive, none_alive
 
 ADDRESS = "127.0.0.2"
 """Not the one that everything on one machine listens on."""
@@ -101,6 +102,17 @@ class Allocation:
     @property
     def registry(self) -> Registry:
         return Registry(self.run / "registry" / "7.0")
+
+    def begin(self, life: str, *, ago_s: float = 0.0) -> Path:
+        """What the batch shell of another life does first."""
+        folder = self.run / "registry" / life
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "began").touch()
+        os.utime(folder / "began", (time.time() - ago_s,) * 2)
+        return folder
+
+    def launched(self, job: str) -> None:
+        (self.run / "job.json").write_text(json.dumps({"job_id": job}))
 
     def setup_of_the_next_life(self) -> int:
         """The exit code of the batch shell's first lines; 9: it goes on."""
@@ -214,6 +226,65 @@ def test_only_the_first_node_says_that_all_is_done(allocation: Allocation):
     nodes = [allocation.start("trainer", index) for index in range(2)]
     assert [code_of(node) for node in nodes] == [3, 0]
     assert allocation.registry.reason() == "failed train ended with exit code 3"
+
+
+SAVER = "trap 'touch saved' TERM INT; sleep 600 & echo $! >>pids; echo $$ >>pids; while :; do wait; done"
+"""A job with a child, that saves when it is asked to end, and then goes on."""
+
+
+@pytest.mark.parametrize("successor", ["7.1", "9.0"])
+def test_everything_of_a_life_is_killed_when_another_one_has_begun(allocation: Allocation, successor: str):
+    allocation.plan(shell(allocation.run, SAVER, stop_grace_s=600.0))
+    allocation.begin("7.0", ago_s=60.0)
+    nodes, pids = [allocation.start("trainer"), allocation.start("rollout")], allocation.run / "pids"
+    eventually(lambda: pids.exists() and len(pids.read_text().split()) == 2, "the job runs")
+    eventually(lambda: bool(allocation.registry.live("rollout")), "it serves")
+    processes = [*map(int, pids.read_text().split()), allocation.registry.live("rollout")[0].pid]
+    allocation.launched(successor.partition(".")[0])
+    allocation.begin(successor)
+    start = time.monotonic()
+    # not to be told apart from a good end by the batch shell: it would have the job requeued, which now is another life
+    assert [code_of(node) for node in nodes] == [0, 0]
+    assert time.monotonic() - start < 10.0
+    assert none_alive(processes)
+    assert not (allocation.run / "saved").exists()
+    for name in ("trainer-node0", "rollout-node0"):
+        diary = (allocation.run / f"logs/7.0/{name}.log").read_text()
+        assert diary.count(f"life {successor} has begun; this one ends") == 1
+    assert allocation.registry.reason() == f"failed life {successor} has begun; this one ends"
+
+
+@pytest.mark.parametrize("needs", [{}, {"rollout": 1}])
+def test_a_life_that_is_not_the_newest_starts_nothing(allocation: Allocation, needs: dict[str, int]):
+    allocation.plan(shell(allocation.run, "touch began"), needs=needs)
+    allocation.begin("7.0")
+    allocation.begin("7.1")
+    assert code_of(allocation.start("trainer")) == 0
+    assert not (allocation.run / "began").exists()
+    assert allocation.registry.reason() == "failed life 7.1 has begun; this one ends"
+
+
+@pytest.mark.parametrize(
+    ("present", "others", "found"),
+    [
+        ("7", {"7.1": 60, "7.3": 5, "6.9": 5, "70.4": 5}, "7.3"),
+        ("7", {"7.1": 60, "6.9": 5, "70.4": 5}, ""),  # nobody launched these jobs
+        ("", {"7.3": 5}, "7.3"),
+        ("8", {"8.0": 5}, "8.0"),
+        ("3", {"3.0": 5}, "3.0"),  # numbers of jobs have started anew
+        ("8", {"8.0": 60}, ""),  # job.json is not written yet, and we are the new job
+    ],
+)
+def test_which_life_goes_before_another(allocation: Allocation, present: str, others: dict[str, int], found: str):
+    mine = allocation.begin("7.2", ago_s=30)
+    (mine.parent / "progress.7").write_text("none 0")
+    (mine.parent / "7.4").mkdir()
+    (mine.parent / "7.4" / "STOP").touch()  # `launchers stop` makes it before a life has begun
+    for life, ago_s in others.items():
+        allocation.begin(life, ago_s=ago_s)
+    if present:
+        allocation.launched(present)
+    assert successor(mine) == found
 
 
 @pytest.mark.parametrize(
