@@ -3,10 +3,12 @@
     RUN/registry/JOB.RESTART/       one folder for each life: STOP, REASON and the records of the services
     RUN/registry/progress.JOB       step of the newest checkpoint when the last life began, and for how many lives it has been that
 
-A plain ``exit`` here ends the job without another requeue; a step that ends with anything but 0 leads to the next life.
+A plain ``exit`` here ends the job without another requeue; a step that ends with anything but 0 leads to the next life, for
+which nemo-run's script asks ``scontrol`` at its end: here a function, which asks for none where it would end in the same way,
+and asks again where no controller answers.
 
     what the life before left       what this one does
-    REASON fatal ...                ends with 1: it would end in the same way
+    REASON fatal ...                ends with 1: it would end in the same way (Slurm itself has started it, after a lost node)
     STOP with ``end`` in it         ends with 0: somebody wants the run to end, and it was lost before it could
     no new checkpoint, N times      ends with 1
     anything else                   goes on
@@ -26,6 +28,25 @@ if ! mkdir -p "$distil_life" || ! touch "$distil_life/began"; then
   exit 1
 fi
 trap 'echo "distil: the time limit is near, the run saves and ends"; touch "$distil_life/STOP"' USR1
+
+scontrol() {
+  if [ "$1" != requeue ]; then
+    command scontrol "$@"
+    return
+  fi
+  case $(cat "$distil_life/REASON" 2>/dev/null) in
+    fatal*)
+      echo "distil: another life would end as this one did"
+      return 0
+      ;;
+  esac
+  for distil_try in $(seq 60); do
+    if command scontrol "$@"; then return 0; fi
+    echo "distil: no requeue, try $distil_try of 60"
+    sleep 10
+  done
+  return 1
+}
 
 distil_before=$distil_run/registry/$SLURM_JOB_ID.$((distil_restart - 1))
 distil_reason=$(cat "$distil_before/REASON" 2>/dev/null)

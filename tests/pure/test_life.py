@@ -67,6 +67,35 @@ def test_after_a_fatal_reason_the_job_ends_and_repeats_it(job: Job):
     assert (job.folder(1) / "REASON").read_text() == "fatal train ended with exit code 2\n"
 
 
+def requeue(job: Job, *, refusals: int) -> tuple[int, int]:
+    """What nemo-run's script does at the end of life 0, with so many refusals of the controller: exit code, questions."""
+    programs, asked = job.run / "bin", job.run / "asked"
+    programs.mkdir()
+    answer = f'echo "$@" >>{str(asked)!r}\n[ "$(wc -l <{str(asked)!r})" -gt {refusals} ]\n'
+    for name, text in {"scontrol": answer, "sleep": "exit 0\n"}.items():
+        (programs / name).write_text(f"#!/bin/sh\n{text}")
+        (programs / name).chmod(0o755)
+    asked.touch()
+    ran = job.live(0, f'PATH={str(programs)!r}:$PATH\nset -e\nscontrol requeue "$SLURM_JOB_ID"\nexit 9')
+    questions = asked.read_text().splitlines()
+    assert set(questions) <= {"requeue 7"}
+    return ran.returncode, len(questions)
+
+
+def test_another_life_is_asked_for_until_the_controller_answers(job: Job):
+    assert requeue(job, refusals=3) == (9, 4)
+
+
+def test_a_controller_that_never_answers_is_given_up(job: Job):
+    assert requeue(job, refusals=100) == (1, 60)
+
+
+def test_no_other_life_is_asked_for_after_a_fatal_reason(job: Job):
+    job.folder(0).mkdir(parents=True)
+    job.say_reason(0, "fatal train ended with exit code 2")
+    assert requeue(job, refusals=0) == (9, 0)
+
+
 def test_a_run_that_was_asked_to_end_and_was_lost_before_it_could_is_not_started_again(job: Job):
     job.live(0)
     Registry(job.folder(0)).request_end()
