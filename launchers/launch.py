@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from launchers import admission, local, slurm, status
+from launchers.claim import only_launch
 from launchers.cluster import Cluster, cluster_names, load_cluster
 from launchers.jobplan import ClusterPlan, JobPlan, RolePlan, to_json
 from launchers.plan import Places, Run, Training, cluster_plan, job_plan, services, training_job
@@ -27,6 +28,7 @@ from megatron_distil.config.check import is_supervised
 from megatron_distil.config.load import load_config, recipe_names, to_toml, toml_value
 from megatron_distil.config.schema import Config
 from megatron_distil.errors import ConfigError, DistilError, Problem
+from megatron_distil.registry import write_atomic
 
 REPO = Path(__file__).resolve().parents[1]
 _OF_CLUSTER = "cluster."
@@ -108,15 +110,19 @@ def submit(prepared: Prepared) -> slurm.Submitted:
     """Hand a launch to Slurm.
 
     Raises:
-        ConfigError: this machine lacks something, or the nodes would; nothing was written.
+        ConfigError: this machine lacks something, the nodes would, or the run is launched already; nothing was written.
         SubmitError: Slurm refused it.
     """
-    if found := list(machine_problems(prepared)):
+    if found := machine_problems(prepared):
         raise ConfigError(found)
-    write_run(prepared)
-    submitted = slurm.submit(prepared.plan, home_of(prepared.cluster))
-    record = {"cluster": prepared.cluster.name, **submitted._asdict()}
-    Path(prepared.run.folder, "job.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    folder = Path(prepared.run.folder)
+    with only_launch(folder):
+        if found := status.already_running(status.Run(folder)):  # by a launch that was at it as we began
+            raise ConfigError(found)
+        write_run(prepared)
+        submitted = slurm.submit(prepared.plan, home_of(prepared.cluster))
+        record = {"cluster": prepared.cluster.name, **submitted._asdict()}
+        write_atomic(folder / "job.json", json.dumps(record, indent=2) + "\n")
     return submitted
 
 
