@@ -147,6 +147,13 @@ class Run:
         """Until the metrics of a step are there."""
         return self.until(lambda: step in self.steps(), f"step {step} is done", timeout_s)
 
+    def until_progress(self, life: int, timeout_s: float = START_S) -> None:
+        """Until a life has done a step that none before it had done."""
+        began = self.folder / "registry" / f"{self.job}.{life}" / "began"
+        self.until(began.exists, f"life {life} begins", timeout_s)
+        done = max(self.steps(), default=-1)
+        self.until(lambda: max(self.steps(), default=-1) > done, f"life {life} does step {done + 1}", timeout_s)
+
     def steps(self) -> list[int]:
         """That the curve shows, in its order."""
         return [row["step"] for row in metrics(self.folder) if "loss/ce_nats" in row]
