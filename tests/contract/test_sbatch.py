@@ -114,21 +114,28 @@ class Login:
         )
 
     def sbatch(self, script: str) -> None:
-        path = self.bin / "sbatch"
+        self.program("sbatch", script)
+
+    def program(self, name: str, script: str) -> None:
+        path = self.bin / name
         path.write_text("#!/bin/sh\n" + script.replace("{folder}", str(self.folder)) + "\n")
         path.chmod(0o755)
 
-    def launch(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         env = {"PATH": f"{self.bin}:{os.environ['PATH']}", "HOME": str(self.folder), "PYTHONPATH": str(ROOT)}
-        return subprocess.run(
+        return subprocess.Popen(
             [launch_python(), "-m", "launchers.launch", "drill", str(self.cluster), *arguments],
             env={**env, **environment},
             cwd=self.folder,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            check=False,
-            timeout=120,
         )
+
+    def launch(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        with self.start(*arguments, **environment) as process:
+            said = process.communicate(timeout=120)
+        return subprocess.CompletedProcess(process.args, process.returncode, *said)
 
 
 @pytest.fixture
@@ -174,3 +181,32 @@ def test_a_missing_secret_is_said_before_anything_is_written(login: Login):
     assert "cluster.secrets.trainer = 'HF_TOKEN': is named as a secret, and this shell does not have it" in ran.stderr
     assert not (login.shared / "runs").exists()
     assert not (login.folder / "sbatch.arguments").exists()
+
+
+def test_of_two_launches_at_once_one_submits_and_the_other_says_which(login: Login):
+    login.sbatch("echo once >>{folder}/submitted; sleep 2; echo 4242")
+    login.program("squeue", 'test -e {folder}/submitted && echo "PENDING|Priority||N/A"; true')
+    both = [login.start(HF_TOKEN="x") for _ in range(2)]
+    texts = [process.communicate(timeout=120)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2], texts
+    (refused,) = [text for text in texts if "Nothing was submitted" in text]
+    first = next(process.pid for process in both if process.returncode == 0)
+    # the second, where it began so late that the first was through
+    assert f"process {first} of " in refused or "job 4242 works in" in refused
+    assert (login.folder / "submitted").read_text() == "once\n"
+    assert not (login.shared / "runs" / "drill" / "launching").exists()
+    login.sbatch("echo twice >>{folder}/submitted; echo 4243")
+    assert "job 4242 works in" in login.launch(HF_TOKEN="x").stderr
+    assert json.loads((login.shared / "runs" / "drill" / "job.json").read_text())["job_id"] == "4242"
+
+
+def test_a_launch_that_died_keeps_nobody_from_another(login: Login):
+    login.sbatch("kill -9 $(cat {folder}/pid)")
+    with login.start(HF_TOKEN="x") as process:
+        (login.folder / "pid").write_text(str(process.pid))
+        process.communicate(timeout=120)
+    assert process.returncode == -9
+    assert (login.shared / "runs" / "drill" / "launching").exists()
+    login.sbatch("echo 4242")
+    assert login.launch(HF_TOKEN="x").returncode == 0
+    assert not (login.shared / "runs" / "drill" / "launching").exists()
