@@ -5,7 +5,7 @@
 
 A plain ``exit`` here ends the job without another requeue; a step that ends with anything but 0 leads to the next life, for
 which nemo-run's script asks ``scontrol`` at its end: here a function, which asks for none where it would end in the same way,
-and asks again where no controller answers.
+and asks again where no controller answers. A shared folder that is full or read-only for a while is waited for.
 
     what the life before left       what this one does
     REASON fatal ...                ends with 1: it would end in the same way (Slurm itself has started it, after a lost node)
@@ -23,10 +23,13 @@ ulimit -c 0
 distil_run=@RUN@
 distil_restart=${SLURM_RESTART_COUNT:-0}
 distil_life=$distil_run/registry/$SLURM_JOB_ID.$distil_restart
-if ! mkdir -p "$distil_life" || ! touch "$distil_life/began"; then
-  echo "distil: $distil_life cannot be written"
-  exit 1
-fi
+distil_try=0
+until mkdir -p "$distil_life" && touch "$distil_life/began"; do
+  distil_try=$((distil_try + 1))
+  echo "distil: $distil_life cannot be written, try $distil_try of 60"
+  if [ "$distil_try" -ge 60 ]; then exit 1; fi
+  sleep 10
+done
 trap 'echo "distil: the time limit is near, the run saves and ends"; touch "$distil_life/STOP"' USR1
 
 scontrol() {

@@ -155,9 +155,26 @@ def test_the_signal_asks_the_run_to_stop_and_the_shell_goes_on(job: Job):
     assert shell.returncode == 0
 
 
+def live_with_a_short_sleep(job: Job, programs: Path, sleep: str) -> subprocess.CompletedProcess[str]:
+    """With another ``sleep`` on the path."""
+    programs.mkdir()
+    (programs / "sleep").write_text(f"#!/bin/sh\n{sleep}\n")
+    (programs / "sleep").chmod(0o755)
+    job.text = f"PATH={str(programs)!r}:$PATH\n{job.text}"
+    return job.live(0)
+
+
 def test_a_folder_that_cannot_be_written_ends_the_job_with_a_word_about_it(tmp_path: Path):
     file = tmp_path / "file"
     file.touch()
-    ran = Job(file, max_same=2).live(0)
+    ran = live_with_a_short_sleep(Job(file, max_same=2), tmp_path / "bin", "exit 0")
     assert ran.returncode == 1
-    assert f"distil: {file}/registry/7.0 cannot be written" in ran.stdout
+    assert f"distil: {file}/registry/7.0 cannot be written, try 60 of 60\n" in ran.stdout
+
+
+def test_a_folder_that_can_be_written_again_is_waited_for(tmp_path: Path):
+    file = tmp_path / "file"
+    file.touch()
+    ran = live_with_a_short_sleep(Job(file, max_same=2), tmp_path / "bin", f"rm -f '{file}'; mkdir -p '{file}'")
+    assert ran.returncode == 0
+    assert ran.stdout == f"distil: {file}/registry/7.0 cannot be written, try 1 of 60\nalive\n"
