@@ -1,6 +1,9 @@
 """The text that Slurm gets, against files that were reviewed; and a submission to an sbatch that only writes down what it got.
 
-After a change that is wanted: delete the files in ``tests/contract/sbatch`` and run this twice.
+    sbatch/CASE.txt             all that is written for a case
+    sbatch/recipes/CASE.txt     of every recipe on every cluster what the other cases do not have: flags, steps, roles
+
+After a change that is wanted: delete the files in ``tests/contract/sbatch`` and run this twice. The first run writes them.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
+from megatron_distil.config.load import recipe_names
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "sbatch"
@@ -40,6 +45,18 @@ CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         ('cluster.env.all.A=it\'s "$HOME" $$ `a` \\ b', "cluster.sbatch.comment=two words"),
     ),
 }
+PLACES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "h200": ("h200", ()),
+    "h200-apptainer": ("h200", ("cluster.runtime=apptainer",)),
+    "generic": ("generic", ("cluster.placement.rollout=own",)),
+}
+RECIPES = {
+    f"{recipe}-on-{place}": (recipe, cluster, overrides)
+    for recipe in recipe_names()
+    for place, (cluster, overrides) in PLACES.items()
+}
+OWN = ("#SBATCH ", "srun --output", "export ", "distil_run=", "unset ", "cd ", "exec ", "=====")
+"""What lines begin with that the case decides."""
 
 
 def launch_python() -> str:
@@ -52,7 +69,8 @@ def launch_python() -> str:
 @functools.cache
 def texts() -> dict[str, str]:
     """All cases in one process, since the import of nemo-run takes seconds."""
-    asked = [[recipe, cluster, [CODE, *overrides]] for recipe, cluster, overrides in CASES.values()]
+    cases = {**CASES, **RECIPES}
+    asked = [[recipe, cluster, [CODE, *overrides]] for recipe, cluster, overrides in cases.values()]
     ran = subprocess.run(
         [launch_python(), "-m", "tests.sbatch_texts"],
         input=json.dumps(asked),
@@ -66,19 +84,40 @@ def texts() -> dict[str, str]:
     assert ran.returncode == 0, ran.stderr[-3000:]
     scripts = json.loads(ran.stdout[ran.stdout.index("[[") :])
     pages = ["".join(f"===== {path}\n{text}\n" for path, text in case) for case in scripts]
-    return dict(zip(CASES, pages, strict=True))
+    return dict(zip(cases, pages, strict=True))
+
+
+def own_lines(page: str) -> str:
+    """What the case decides."""
+    return "".join(f"{line}\n" for line in page.splitlines() if line.startswith(OWN))
+
+
+def common_lines(page: str) -> set[str]:
+    """The rest, which is in every batch script."""
+    lines = {line for line in page.splitlines() if not line.startswith(OWN)}
+    return {line for line in lines if not re.fullmatch(r"# Command \d|sleep 0", line)}  # between steps
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_scripts_are_those_that_were_reviewed(name: str):
-    golden, text = GOLDEN / f"{name}.txt", texts()[name]
+    compare(texts()[name], GOLDEN / f"{name}.txt")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_launched_everywhere_as_it_was_reviewed(name: str):
+    compare(own_lines(texts()[name]), GOLDEN / "recipes" / f"{name}.txt")
+    assert common_lines(texts()[name]) == common_lines(texts()["8b-h200"])
+
+
+def compare(text: str, golden: Path) -> None:
     if not golden.exists():
+        golden.parent.mkdir(exist_ok=True)
         golden.write_text(text)
         pytest.fail(f"{golden} was not there and has been written: review it")
     assert text == golden.read_text()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *RECIPES])
 def test_bash_reads_every_script(name: str):
     for script in re.split(r"^===== .*\n", texts()[name], flags=re.MULTILINE)[1:]:
         assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
@@ -86,6 +125,7 @@ def test_bash_reads_every_script(name: str):
 
 def test_there_is_no_file_of_a_case_that_is_gone():
     assert {path.stem for path in GOLDEN.glob("*.txt")} == set(CASES)
+    assert {path.stem for path in GOLDEN.glob("recipes/*.txt")} == set(RECIPES)
 
 
 def test_values_with_quotes_and_dollars_reach_the_roles():
