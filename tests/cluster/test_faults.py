@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import shutil
 import socket
 import subprocess
 import threading
@@ -15,14 +16,19 @@ from pathlib import Path
 import pytest
 
 from launchers import status
-from tests.cluster_runs import LAUNCH_PYTHON, START_S, STEPS, Run, Site
+from tests.cluster_runs import LAUNCH_PYTHON, START_S, STEPS, Run, Site, write_cluster
 from tests.mini_slurm import output
+from tests.server import ROOT
 from tests.supervised import eventually
 
 pytestmark = pytest.mark.full
 
 Finding = Callable[..., None]
 AWAY_S = 20.0
+LONG = 12
+"""Steps of a run that goes on while it is disturbed."""
+LONGEST = 200
+SMALL = "300m"
 
 
 def complete(run: Run, num_steps: int = STEPS) -> None:
@@ -175,6 +181,64 @@ def test_node_dies_before_start(site: Site, finding: Finding) -> None:
     finding(run, recovered_s=round(recovered_s, 1))
 
 
+@pytest.fixture
+def small_site(site: Site, tmp_path: Path) -> Iterator[Site]:
+    """Its shared folder is a file system of its own."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    mounted = mount("-t", "tmpfs", "-o", f"size={SMALL}", "tmpfs", str(shared))
+    if mounted:
+        pytest.skip(f"needs root that may mount: {mounted}")
+    try:
+        shutil.copytree(site.shared / "data", shared / "data")
+        yield Site(site.slurm, write_cluster(tmp_path, shared, ROOT), shared)
+    finally:
+        subprocess.run(["scancel", "--user", site.slurm.user], timeout=30, check=False, capture_output=True)
+        eventually(lambda: not any(map(site.slurm.processes, site.slurm.nodes)), "nothing is left", timeout_s=60)
+        subprocess.run(["umount", "--lazy", str(shared)], timeout=30, check=True)
+
+
+def test_full_folder(small_site: Site, finding: Finding) -> None:
+    """Nothing that was saved is lost, and the run goes on when there is space again."""
+    run = small_site.launch("full-folder", f"train.num_steps={LONG}")
+    run.until_step(1)
+    hog = small_site.shared / "hog"
+    fill(hog)
+    saved = run.checkpoint()
+    time.sleep(AWAY_S)
+    assert run.checkpoint() >= saved
+    hog.unlink()
+    again = time.monotonic()
+    run.until(lambda: run.checkpoint() > saved, "it saves again")
+    recovered_s = time.monotonic() - again
+    assert run.until_over().word == "done"
+    complete(run, LONG)
+    run.none_left()
+    finding(run, full_s=AWAY_S, recovered_s=round(recovered_s, 1))
+
+
+def test_read_only_folder(small_site: Site, finding: Finding) -> None:
+    """As with a full one."""
+    shared = str(small_site.shared)
+    run = small_site.launch("read-only-folder", f"train.num_steps={LONG}")
+    run.until_step(1)
+    assert mount("--bind", shared, shared) == ""
+    try:
+        assert mount("-o", "remount,ro,bind", shared) == ""
+        saved = run.checkpoint()
+        time.sleep(AWAY_S)
+        assert run.checkpoint() >= saved
+    finally:
+        subprocess.run(["umount", "--lazy", shared], timeout=30, check=True)
+    again = time.monotonic()
+    run.until(lambda: run.checkpoint() > saved, "it saves again")
+    recovered_s = time.monotonic() - again
+    assert run.until_over().word == "done"
+    complete(run, LONG)
+    run.none_left()
+    finding(run, read_only_s=AWAY_S, recovered_s=round(recovered_s, 1))
+
+
 def test_fatal_data(site: Site, finding: Finding) -> None:
     """Data that are replaced by nonsense: the next life says so, and is the last."""
     data = site.shared / "data" / "replaced.jsonl"
@@ -250,17 +314,26 @@ def test_follow_failed(site: Site, finding: Finding) -> None:
 
 def test_three_time_limits(site: Site, finding: Finding) -> None:
     """Each life saves, is started again and goes on where the one before ended."""
-    limits = ("cluster.time=00:03:00", "cluster.warn_s=60")
-    run = site.launch("three-time-limits", "train.num_steps=150", *limits)
-    assert run.until_over(timeout_s=1500).word == "done"
-    complete(run, 150)
-    reasons = [run.reason(restart) for restart in range(run.restarts() + 1)]
-    assert len(reasons) >= 4, reasons
-    assert all(reason.startswith("stopped") for reason in reasons[:-1]), reasons
-    assert reasons[-1] == "done"
+    run = site.launch("three-time-limits", f"train.num_steps={LONGEST}", "cluster.warn_s=120")
+    saved: list[int] = []
+    for life in range(3):
+        run.until(lambda life=life: run.restarts() == life, f"life {life}")
+        run.set_time_limit(minutes=20)  # for the start, which takes what it takes
+        run.until_step(run.checkpoint() + 1)
+        run.bring_the_time_limit_near()
+        run.until(lambda life=life: bool(run.reason(life)), f"life {life} ends", timeout_s=180)
+        saved.append(run.checkpoint())
+    run.until(lambda: run.restarts() == 3, "the last life")
+    run.set_time_limit(minutes=20)
+    assert run.until_over(timeout_s=900).word == "done"
+    assert run.steps() == list(range(LONGEST)), "every step once"
+    assert saved == sorted(set(saved)), "each life has saved more"
+    reasons = [run.reason(life) for life in range(4)]
+    assert all(reason.startswith("stopped") for reason in reasons[:3]), reasons
+    assert reasons[3] == "done"
     assert set(run.states) <= {"pending", "running", "completing", "requeued", "between two lives", "unknown", "done"}
     run.none_left()
-    finding(run)
+    finding(run, saved_at_steps=saved)
 
 
 def test_planted_secret(site: Site, finding: Finding, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,6 +382,18 @@ def page(run: Run) -> str:
     """What ``launchers status`` prints."""
     at = status.Run(run.folder)
     return status.page(at, status.look(at))
+
+
+def mount(*words: str) -> str:
+    """Why it is refused; empty: it is done."""
+    done = subprocess.run(["mount", *words], capture_output=True, text=True, timeout=30, check=False)
+    return done.stderr.strip() or f"mount ends with {done.returncode}" if done.returncode else ""
+
+
+def fill(path: Path) -> None:
+    """Until there is no space left."""
+    done = subprocess.run(["dd", "if=/dev/zero", f"of={path}", "bs=4k"], capture_output=True, text=True, check=False)
+    assert "No space left" in done.stderr, done.stderr
 
 
 def environment_of(pid: int) -> str:
