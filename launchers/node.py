@@ -140,7 +140,13 @@ def run(place: Place) -> int:
     if place.index == 0:
         write_about(place)
     next_life = partial(successor, registry.folder)
-    site = Site(host=place.host, is_alone=False, is_first=place.index == 0, successor=next_life)
+    site = Site(
+        host=place.host,
+        node=os.environ.get("SLURMD_NODENAME", ""),
+        is_alone=False,
+        is_first=place.index == 0,
+        successor=next_life,
+    )
     try:
         if plan.jobs:
             plan = filled(plan, {"rdzv": meeting_place(place, registry)})

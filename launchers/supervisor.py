@@ -74,6 +74,8 @@ class Site:
 
     host: str = HOST
     """What services listen on and are asked at."""
+    node: str = ""
+    """What the scheduler calls it; empty: there is one machine."""
     is_alone: bool = True
     """No other supervisor works in the folders of the plan: STOP and REASON found there are of an earlier attempt."""
     is_first: bool = True
@@ -265,7 +267,7 @@ class Supervisor:
             return await self._outcome(jobs, tasks)
         except SupervisorError as error:
             self._diary.say(str(error))
-            self._registry.say_reason(f"{_KIND_BY_CODE.get(error.exit_code, 'failed')} {error}")
+            self._say_reason(f"{_KIND_BY_CODE.get(error.exit_code, 'failed')} {error}")
             return error.exit_code
         finally:
             for task in (jobs, *tasks):
@@ -277,7 +279,7 @@ class Supervisor:
     async def _outcome(self, jobs: asyncio.Task[int], tasks: list[asyncio.Task[None]]) -> int:
         if self._stopped_by is not None:
             await self._stop_job()
-            self._registry.say_reason(f"stopped by {self._stopped_by.name}")
+            self._say_reason(f"stopped by {self._stopped_by.name}")
             return 128 + self._stopped_by
         if jobs.done():
             return jobs.result()
@@ -382,8 +384,12 @@ class Supervisor:
                 for line in last_lines(log):
                     self._diary.say(f"  {log.parent.name}/{log.name} | {line}")
         self._diary.say(f"{job.name} {_ended(code)}")
-        self._registry.say_reason(f"{_KIND_BY_CODE.get(code, 'failed')} {job.name} {_ended(code)}")
+        self._say_reason(f"{_KIND_BY_CODE.get(code, 'failed')} {job.name} {_ended(code)}")
         return code
+
+    def _say_reason(self, text: str) -> None:
+        """With the node: of many, one is broken."""
+        self._registry.say_reason(f"{text}, on {self._site.node}" if self._site.node else text)
 
     def _on_signal(self, signum: signal.Signals) -> None:
         if self._stopped_by is None:
