@@ -5,7 +5,8 @@
 
 A plain ``exit`` here ends the job without another requeue; a step that ends with anything but 0 leads to the next life, for
 which nemo-run's script asks ``scontrol`` at its end: here a function, which asks for none where it would end in the same way,
-and asks again where no controller answers. A shared folder that is full or read-only for a while is waited for.
+and asks again where no controller answers. None either where Slurm has given up this node, and so has started the job already:
+what would be ended is the life that took over. A shared folder that is full or read-only for a while is waited for.
 
     what the life before left       what this one does
     REASON fatal ...                ends with 1: it would end in the same way (Slurm itself has started it, after a lost node)
@@ -44,6 +45,11 @@ scontrol() {
       ;;
   esac
   for distil_try in $(seq 60); do
+    distil_count=$(command scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/.*Restarts=\([0-9]*\).*/\1/p')
+    if [ "${distil_count:-0}" -gt "$distil_restart" ]; then
+      echo "distil: Slurm has started the job again by itself"
+      return 0
+    fi
     if command scontrol "$@"; then return 0; fi
     echo "distil: no requeue, try $distil_try of 60"
     sleep 10

@@ -67,11 +67,16 @@ def test_after_a_fatal_reason_the_job_ends_and_repeats_it(job: Job):
     assert (job.folder(1) / "REASON").read_text() == "fatal train ended with exit code 2\n"
 
 
-def requeue(job: Job, *, refusals: int) -> tuple[int, int]:
-    """What nemo-run's script does at the end of life 0, with so many refusals of the controller: exit code, questions."""
+def requeue(job: Job, *, refusals: int, restarts_after: int = 100) -> tuple[int, int]:
+    """What nemo-run's script does at the end of life 0, with so many refusals of the controller: exit code, questions.
+
+    After ``restarts_after`` of them Slurm has started the job by itself.
+    """
     programs, asked = job.run / "bin", job.run / "asked"
     programs.mkdir()
-    answer = f'echo "$@" >>{str(asked)!r}\n[ "$(wc -l <{str(asked)!r})" -gt {refusals} ]\n'
+    count = f'"$(wc -l <{str(asked)!r})"'
+    shown = f'[ {count} -ge {restarts_after} ]\necho "   Requeue=1 Restarts=$((1 - $?)) BatchFlag=1 Reboot=0"\n'
+    answer = f'if [ "$1" = show ]; then\n{shown}exit 0\nfi\necho "$@" >>{str(asked)!r}\n[ {count} -gt {refusals} ]\n'
     for name, text in {"scontrol": answer, "sleep": "exit 0\n"}.items():
         (programs / name).write_text(f"#!/bin/sh\n{text}")
         (programs / name).chmod(0o755)
@@ -88,6 +93,11 @@ def test_another_life_is_asked_for_until_the_controller_answers(job: Job):
 
 def test_a_controller_that_never_answers_is_given_up(job: Job):
     assert requeue(job, refusals=100) == (1, 60)
+
+
+@pytest.mark.parametrize("tries", [0, 2])
+def test_a_life_that_was_given_up_does_not_end_the_one_that_took_over(job: Job, tries: int):
+    assert requeue(job, refusals=100, restarts_after=tries) == (9, tries)
 
 
 def test_no_other_life_is_asked_for_after_a_fatal_reason(job: Job):
