@@ -257,11 +257,18 @@ def page(run: Run, state: State) -> str:
     if state.exit_code is None and lives:
         lines += [f"  {line}" for line in _services(Registry(lives[-1].folder), run.wanted_services())]
     if job is not None:
-        lines += [f"  life {restart_of(life.folder)}: {life.reason or 'no reason yet'}" for life in lives]
+        is_between = state.exit_code is not None or state.word == "requeued"
+        present = None if is_between or not lives else lives[-1]
+        lines += [f"  life {restart_of(life.folder)}: {life.reason or _silence(life, present)}" for life in lives]
     if state.exit_code and lives and job is not None:
         log = run.folder / "logs" / lives[-1].folder.name / "trainer-node0.log"
         lines += [f"  {log.name} | {line}" for line in last_lines(log, count=8)]
     return "\n".join(lines)
+
+
+def _silence(life: Life, present: Life | None) -> str:
+    """In place of a reason, which nobody can leave whose node is lost or whose folder cannot be written."""
+    return "no reason yet" if life == present else "ended without a word, as on a lost node"
 
 
 def _services(registry: Registry, wanted: Mapping[str, int]) -> list[str]:

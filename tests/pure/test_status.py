@@ -162,6 +162,18 @@ def test_the_page_tells_lives_steps_and_services(folder: Folder):
     ]
 
 
+def test_the_page_does_not_wait_for_the_word_of_a_life_that_is_over(folder: Folder):
+    folder.life(0)
+    folder.life(1)
+    told = [line.strip() for line in status.page(folder.run, folder.state(RUNNING)).splitlines()]
+    assert [line for line in told if line.startswith("life")] == [
+        "life 0: ended without a word, as on a lost node",
+        "life 1: no reason yet",
+    ]
+    assert "no reason yet" not in status.page(folder.run, folder.state("PENDING|BeginTime|||\n"))
+    assert "no reason yet" not in status.page(folder.run, folder.state("", "NODE_FAIL|1:0|n0\n"))
+
+
 def test_a_failed_run_repeats_the_last_words_of_its_trainer(folder: Folder):
     folder.life(0, "failed train ended with exit code 1")
     folder.log("7.0/trainer-node0.log", "rank 3 was killed by SIGKILL\n")
