@@ -6,7 +6,8 @@
 A plain ``exit`` here ends the job without another requeue; a step that ends with anything but 0 leads to the next life, for
 which nemo-run's script asks ``scontrol`` at its end: here a function, which asks for none where it would end in the same way,
 and asks again where no controller answers. None either where Slurm has given up this node, and so has started the job already:
-what would be ended is the life that took over. A shared folder that is full or read-only for a while is waited for.
+what would be ended is the life that took over. Whoever was killed has left no reason, so the exit code of its step is given as
+one. A shared folder that is full or read-only for a while is waited for.
 
     what the life before left       what this one does
     REASON fatal ...                ends with 1: it would end in the same way (Slurm itself has started it, after a lost node)
@@ -18,10 +19,12 @@ what would be ended is the life that took over. A shared folder that is full or 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 
 _TEXT = r"""
 ulimit -c 0
 distil_run=@RUN@
+distil_roles=(@ROLES@)
 distil_restart=${SLURM_RESTART_COUNT:-0}
 distil_life=$distil_run/registry/$SLURM_JOB_ID.$distil_restart
 distil_try=0
@@ -37,6 +40,14 @@ scontrol() {
   if [ "$1" != requeue ]; then
     command scontrol "$@"
     return
+  fi
+  if [ ! -e "$distil_life/REASON" ]; then
+    # pids, pid and exitcode are those of nemo-run's script: its steps, and the one that ended first
+    distil_role="a step"
+    for distil_index in "${!pids[@]}"; do
+      if [ "${pids[distil_index]}" = "$pid" ]; then distil_role=${distil_roles[distil_index]}; fi
+    done
+    echo "failed $distil_role ended with exit code $exitcode, and nobody said why" >"$distil_life/REASON" || true
   fi
   case $(cat "$distil_life/REASON" 2>/dev/null) in
     fatal*)
@@ -89,11 +100,16 @@ fi
 """
 
 
-def setup_text(run: str, *, max_lives_without_progress: int) -> str:
+def setup_text(run: str, roles: Sequence[str], *, max_lives_without_progress: int) -> str:
     """Shell text for the batch script of a job.
 
     Args:
         run: the run directory.
+        roles: names of its steps, in their order.
         max_lives_without_progress: after so many lives without a new checkpoint the job ends.
     """
-    return _TEXT.replace("@RUN@", shlex.quote(run)).replace("@MAX_SAME@", str(max_lives_without_progress))
+    words = {"@RUN@": shlex.quote(run), "@ROLES@": shlex.join(roles), "@MAX_SAME@": str(max_lives_without_progress)}
+    text = _TEXT
+    for mark, word in words.items():
+        text = text.replace(mark, word)
+    return text

@@ -226,7 +226,7 @@ def cluster_plan(config: Config, cluster: Cluster, run: Run) -> ClusterPlan:
         signal=f"B:USR1@{cluster.warn_s}",
         retries=cluster.retries,
         monitor_s=cluster.monitor_s,
-        setup=setup_text(run.folder, max_lives_without_progress=cluster.max_lives_without_progress),
+        setup=setup_text(run.folder, list(seats.spans), max_lives_without_progress=cluster.max_lives_without_progress),
         host_ip=cluster.host_ip,
         roles=tuple(_roles(config, cluster, run, seats)),
         export=(*INHERITED, *_secrets(cluster)),

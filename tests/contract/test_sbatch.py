@@ -55,7 +55,7 @@ RECIPES = {
     for recipe in recipe_names()
     for place, (cluster, overrides) in PLACES.items()
 }
-OWN = ("#SBATCH ", "srun --output", "export ", "distil_run=", "unset ", "cd ", "exec ", "=====")
+OWN = ("#SBATCH ", "srun --output", "export ", "distil_run=", "distil_roles=", "unset ", "cd ", "exec ", "=====")
 """What lines begin with that the case decides."""
 
 

@@ -117,7 +117,7 @@ class Allocation:
 
     def setup_of_the_next_life(self) -> int:
         """The exit code of the batch shell's first lines; 9: it goes on."""
-        text = setup_text(str(self.run), max_lives_without_progress=3) + "\nexit 9\n"
+        text = setup_text(str(self.run), ["trainer", "rollout"], max_lives_without_progress=3) + "\nexit 9\n"
         environment = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}
         return subprocess.run(["bash", "-c", text], env=environment, check=False, stdout=subprocess.DEVNULL).returncode
 

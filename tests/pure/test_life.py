@@ -18,7 +18,7 @@ class Job:
     """Lives of job 7 in a run directory with a space in its name."""
 
     def __init__(self, run: Path, max_same: int) -> None:
-        self.run, self.text = run, setup_text(str(run), max_lives_without_progress=max_same)
+        self.run, self.text = run, setup_text(str(run), ["trainer", "rollout"], max_lives_without_progress=max_same)
 
     def live(self, restart: int, then: str = "echo alive") -> subprocess.CompletedProcess[str]:
         env = {**os.environ, "SLURM_JOB_ID": "7"} | ({"SLURM_RESTART_COUNT": str(restart)} if restart else {})
@@ -67,8 +67,12 @@ def test_after_a_fatal_reason_the_job_ends_and_repeats_it(job: Job):
     assert (job.folder(1) / "REASON").read_text() == "fatal train ended with exit code 2\n"
 
 
+ENDED = "pids[0]=11; pids[1]=12; pid=12; exitcode=137"
+"""What nemo-run's script knows after the end of the second step."""
+
+
 def requeue(job: Job, *, refusals: int, restarts_after: int = 100) -> tuple[int, int]:
-    """What nemo-run's script does at the end of life 0, with so many refusals of the controller: exit code, questions.
+    """What nemo-run's script does at the end of life 0, whose second step was killed, with so many refusals of the controller: exit code, questions.
 
     After ``restarts_after`` of them Slurm has started the job by itself.
     """
@@ -81,7 +85,7 @@ def requeue(job: Job, *, refusals: int, restarts_after: int = 100) -> tuple[int,
         (programs / name).write_text(f"#!/bin/sh\n{text}")
         (programs / name).chmod(0o755)
     asked.touch()
-    ran = job.live(0, f'PATH={str(programs)!r}:$PATH\nset -e\nscontrol requeue "$SLURM_JOB_ID"\nexit 9')
+    ran = job.live(0, f'PATH={str(programs)!r}:$PATH\n{ENDED}\nset -e\nscontrol requeue "$SLURM_JOB_ID"\nexit 9')
     questions = asked.read_text().splitlines()
     assert set(questions) <= {"requeue 7"}
     return ran.returncode, len(questions)
@@ -104,6 +108,19 @@ def test_no_other_life_is_asked_for_after_a_fatal_reason(job: Job):
     job.folder(0).mkdir(parents=True)
     job.say_reason(0, "fatal train ended with exit code 2")
     assert requeue(job, refusals=0) == (9, 0)
+
+
+def test_a_step_that_was_killed_is_a_reason_where_nobody_left_one(job: Job):
+    requeue(job, refusals=0)
+    text = "failed rollout ended with exit code 137, and nobody said why"
+    assert Registry(job.folder(0)).reason() == text
+
+
+def test_a_reason_is_kept(job: Job):
+    job.folder(0).mkdir(parents=True)
+    job.say_reason(0, "failed train was killed by SIGKILL, on n2")
+    requeue(job, refusals=0)
+    assert Registry(job.folder(0)).reason() == "failed train was killed by SIGKILL, on n2"
 
 
 def test_a_run_that_was_asked_to_end_and_was_lost_before_it_could_is_not_started_again(job: Job):
