@@ -183,6 +183,17 @@ class Run:
         self.until(lambda: bool(found()), f"{role} is ready after start {gen} in life {restart}", timeout_s)
         return found()[0]
 
+    def set_time_limit(self, *, minutes: int) -> None:
+        """Of its lives, from the start of the present one."""
+        command = ["scontrol", "update", f"JobId={self.job}", f"TimeLimit={minutes}"]
+        subprocess.run(command, check=True, timeout=30, capture_output=True)
+
+    def bring_the_time_limit_near(self) -> None:
+        """To one or two minutes from now; a warning of two minutes is then due, and comes within half a minute."""
+        elapsed = output("squeue", "-h", "-j", self.job, "-o", "%M").strip()
+        minutes = elapsed.rpartition(":")[0]
+        self.set_time_limit(minutes=int(minutes.rpartition(":")[2]) + 2)
+
     def nodes(self) -> list[str]:
         """Of the present life; the trainer's first."""
         names = output("squeue", "-h", "-j", self.job, "-o", "%N").strip()
@@ -194,6 +205,11 @@ class Run:
             if words[1:4] == ["-m", "launchers.node", role] and environment.get("SLURM_PROCID") == str(node):
                 return pid
         raise AssertionError(f"no supervisor of {role}, node {node}")
+
+    def slurmstepd(self, role: str) -> int:
+        """Pid of Slurm's own process above the supervisor of a role."""
+        stat = Path(f"/proc/{self.supervisor(role)}/stat").read_text()
+        return int(stat.rpartition(")")[2].split()[1])
 
     def torchrun(self, node: int = 0) -> int:
         """Pid of torchrun on a node of the trainer."""
