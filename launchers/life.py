@@ -41,15 +41,15 @@ scontrol() {
     command scontrol "$@"
     return
   fi
-  if [ ! -e "$distil_life/REASON" ]; then
-    # pids, pid and exitcode are those of nemo-run's script: its steps, and the one that ended first
-    distil_role="a step"
-    for distil_index in "${!pids[@]}"; do
-      if [ "${pids[distil_index]}" = "$pid" ]; then distil_role=${distil_roles[distil_index]}; fi
-    done
-    echo "failed $distil_role ended with exit code $exitcode, and nobody said why" >"$distil_life/REASON" || true
-  fi
   case $(cat "$distil_life/REASON" 2>/dev/null) in
+    "" | "stopped by SIGTERM"*) # as those are that are ended for the sake of another one
+      # pids, pid and exitcode are those of nemo-run's script: its steps, and the one that ended first
+      distil_role="a step"
+      for distil_index in "${!pids[@]}"; do
+        if [ "${pids[distil_index]}" = "$pid" ]; then distil_role=${distil_roles[distil_index]}; fi
+      done
+      echo "failed $distil_role ended with exit code $exitcode, and nobody said why" >"$distil_life/REASON" || true
+      ;;
     fatal*)
       echo "distil: another life would end as this one did"
       return 0

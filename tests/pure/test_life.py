@@ -110,7 +110,11 @@ def test_no_other_life_is_asked_for_after_a_fatal_reason(job: Job):
     assert requeue(job, refusals=0) == (9, 0)
 
 
-def test_a_step_that_was_killed_is_a_reason_where_nobody_left_one(job: Job):
+@pytest.mark.parametrize("said", ["", "stopped by SIGTERM, on n2"])
+def test_a_step_that_was_killed_is_the_reason_where_nobody_left_a_better_one(job: Job, said: str):
+    job.folder(0).mkdir(parents=True)
+    if said:
+        job.say_reason(0, said)
     requeue(job, refusals=0)
     text = "failed rollout ended with exit code 137, and nobody said why"
     assert Registry(job.folder(0)).reason() == text
