@@ -16,6 +16,9 @@ import sys
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.api import RendezvousError
+
+from megatron_distil.registry import Registry
 
 EXIT_STOPPED = 130
 """As in ``megatron_distil.cli``."""
@@ -40,7 +43,17 @@ def main(arguments: list[str]) -> int:
         return code if code >= 0 else 128 - code
     except SignalException as error:
         return 128 + error.sigval
+    except RendezvousError as error:
+        _say(f"the ranks cannot meet at {options.rdzv_endpoint}: {error.__cause__ or error}")
+        return 1
     return 0
+
+
+def _say(text: str) -> None:
+    """To whoever reads our output, and as the reason of this life where there is a registry."""
+    print(text, file=sys.stderr)
+    if folder := os.environ.get("MEGATRON_DISTIL_REGISTRY"):
+        Registry(folder).say_reason(f"failed {text}")
 
 
 def meet(options: argparse.Namespace, node: int) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from launchers import guard
 from launchers.jobplan import Job
-from megatron_distil.registry import HEARTBEAT_S
+from megatron_distil.registry import HEARTBEAT_S, Registry
 from tests.supervised import eventually, is_alive, job, none_alive, service, shell, supervised
 
 
@@ -306,6 +306,25 @@ def test_no_rank_survives_the_death_of_a_rank_of_torchrun_or_of_the_supervisor(t
 
     assert code == (-9 if victim == "supervisor" else 137)
     assert ("rank 1 was killed by SIGKILL" in text) == (victim == "rank")
+
+
+def test_ranks_that_cannot_meet_say_where_and_why(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        place = f"127.0.0.1:{taken.getsockname()[1]}"
+        words = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", place, "--local-addr", "127.0.0.1")
+        ended = subprocess.run(
+            [sys.executable, "-m", "launchers.torchrun", *words, "rank.py"],
+            env={**os.environ, "MEGATRON_DISTIL_REGISTRY": str(tmp_path), "SLURM_PROCID": "0"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert ended.returncode == 1
+    assert f"the ranks cannot meet at {place}: " in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert Registry(tmp_path).reason().startswith(f"failed the ranks cannot meet at {place}: ")
+    assert "address already in use" in Registry(tmp_path).reason()
 
 
 def guarded(command: list[str], parent: int) -> subprocess.Popen[bytes]:
