@@ -97,11 +97,9 @@ def test_controller_restart(site: Site, finding: Finding) -> None:
     """The run does not notice; whoever asks is told that nobody answers."""
     run = site.launch("controller-restart")
     run.until_step(0)
-    restart = threading.Thread(target=site.slurm.restart_controller, kwargs={"away_s": AWAY_S})
-    restart.start()
-    run.until(lambda: "unknown" in run.states, "status notices it")
-    assert run.look().detail == "Slurm does not answer"
-    restart.join()
+    with watched(run) as seen:
+        site.slurm.restart_controller(away_s=AWAY_S)
+    assert status.State(word="unknown", detail="Slurm does not answer") in seen
     assert run.until_over().word == "done"
     assert run.steps() == list(range(STEPS))
     assert run.restarts() == 0
@@ -134,6 +132,8 @@ def test_taken_port(site: Site, finding: Finding) -> None:
     run.until(lambda: bool(run.life(0).live("rdzv", stale_s=float("inf"))), "the ranks have a place to meet")
     with listening(run.life(0).live("rdzv", stale_s=float("inf"))[0].url):
         run.until(lambda: run.restarts() == 1, "the next life")
+    assert run.reason(0).startswith("failed the ranks cannot meet at "), run.reason(0)
+    assert "address already in use" in run.reason(0)
     assert run.until_over().word == "done"
     complete(run)
     assert run.restarts() == 1
@@ -368,6 +368,25 @@ def finished(process: subprocess.Popen[str], timeout_s: float = START_S) -> tupl
         process.kill()
         raise
     return process.returncode, said
+
+
+@contextmanager
+def watched(run: Run) -> Iterator[list[status.State]]:
+    """What a user sees who looks all the time meanwhile."""
+    seen: list[status.State] = []
+    is_over = threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(0.5):
+            seen.append(run.look())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield seen
+    finally:
+        is_over.set()
+        watcher.join()
 
 
 @contextmanager
