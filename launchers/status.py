@@ -268,7 +268,7 @@ def page(run: Run, state: State) -> str:
 
 def _silence(life: Life, present: Life | None) -> str:
     """In place of a reason, which nobody can leave whose node is lost or whose folder cannot be written."""
-    return "no reason yet" if life == present else "ended without a word, as on a lost node"
+    return "no reason yet" if life == present else "ended without a word, as on a lost node or a full disk"
 
 
 def _services(registry: Registry, wanted: Mapping[str, int]) -> list[str]:

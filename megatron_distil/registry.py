@@ -133,10 +133,20 @@ class Registry:
         return self._path(role, name, "paused").exists()
 
     def say_reason(self, text: str) -> None:
-        """Leave a line that says why the run ended: exit codes do not survive torchrun and srun. The first one stays."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError), (self.folder / "REASON").open("x") as file:
-            file.write(" ".join(text.split()) + "\n")
+        """Leave a line that says why the run ended: exit codes do not survive torchrun and srun. The first one stays.
+
+        In a folder that is full or read-only none is left: whoever ends a run has other work than to fail of that.
+        """
+        path = self.folder / "REASON"
+        with contextlib.suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with path.open("x") as file:
+                try:
+                    file.write(" ".join(text.split()) + "\n")
+                    file.flush()
+                except OSError:
+                    path.unlink()  # an empty one would keep the reason of whoever can write it
+                    raise
 
     def reason(self) -> str:
         """Empty while nobody has said one."""

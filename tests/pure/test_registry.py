@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -191,3 +193,22 @@ def test_stop_and_reason_belong_to_one_attempt(registry):
     registry.forget_end()
     assert registry.reason() == ""
     assert not registry.stop_requested()
+
+
+def test_a_reason_that_cannot_be_written_ends_nothing_and_leaves_its_place_to_another(tmp_path):
+    said = """
+import resource, sys
+from megatron_distil.registry import Registry
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+Registry(sys.argv[1]).say_reason("failed the folder is full")
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+assert Registry(sys.argv[1]).reason() == ""
+Registry(sys.argv[1]).say_reason("failed later")
+"""
+    subprocess.run([sys.executable, "-c", said, str(tmp_path)], check=True, timeout=60)
+    assert Registry(tmp_path).reason() == "failed later"
+
+
+def test_a_reason_in_a_place_that_is_no_folder_ends_nothing(tmp_path):
+    (tmp_path / "file").touch()
+    Registry(tmp_path / "file").say_reason("failed")

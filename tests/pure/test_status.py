@@ -167,7 +167,7 @@ def test_the_page_does_not_wait_for_the_word_of_a_life_that_is_over(folder: Fold
     folder.life(1)
     told = [line.strip() for line in status.page(folder.run, folder.state(RUNNING)).splitlines()]
     assert [line for line in told if line.startswith("life")] == [
-        "life 0: ended without a word, as on a lost node",
+        "life 0: ended without a word, as on a lost node or a full disk",
         "life 1: no reason yet",
     ]
     assert "no reason yet" not in status.page(folder.run, folder.state("PENDING|BeginTime|||\n"))
