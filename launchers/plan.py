@@ -336,14 +336,14 @@ def _script(role: str, cluster: Cluster, run: Run) -> str:
 
 
 def _srun_args(role: str, nodes: int, first: int, cluster: Cluster) -> tuple[str, ...]:
-    """Placement and containment. The last of several equal flags counts, and nemo-run's own come before."""
-    serves = ("--kill-on-bad-exit=0", "--wait=0") if role != "trainer" else ()
+    """Placement. nemo-run's own flags come before, ``--kill-on-bad-exit=1`` among them: a step ends with the first of its
+    supervisors, and the life with the step, since what that supervisor served is not served again.
+    """
     without_gpus = ("--gpus-per-node=0",) if role == "sandbox" and cluster.gpus_per_node else ()
     return (
         *("--overlap", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", f"--relative={first}"),
         # what the job was told to take over is not all that a step needs: the batch script exports more
         *("--cpu-bind=none", "--unbuffered", "--export=ALL"),
-        *serves,
         *without_gpus,
     )
 
