@@ -103,18 +103,22 @@ def test_killed_node(site: Site, finding: Finding, index: int) -> None:
     finding(run, recovered_s=recovered_s)
 
 
+UNNOTICED = 80
+"""Steps of a run whose node loses nothing but its daemon: it goes on until Slurm notices."""
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("index", [2, 1, 0], ids=["rollout", "trainer", "batch-host"])
 def test_killed_slurmd(site: Site, finding: Finding, index: int) -> None:
     """What goes on on a node that Slurm has given up ends when the next life begins, and does not disturb it."""
-    run = site.launch(f"killed-slurmd-{index}")
+    run = site.launch(f"killed-slurmd-{index}", f"train.num_steps={UNNOTICED}")
     run.until_step(1)
     node = run.nodes()[index]
     site.slurm.kill_slurmd(node)
     recovered_s = until_recovered(run, time.monotonic())
     assert node not in run.nodes()
     assert f"life {run.job}.1 has begun; this one ends" in run.diaries(0)
-    assert_nothing_is_lost(run, lives=2)
+    assert_nothing_is_lost(run, lives=2, steps=UNNOTICED)
     finding(run, recovered_s=recovered_s)
 
 
@@ -147,6 +151,8 @@ def test_killed_slurmstepd(site: Site, finding: Finding) -> None:
 
 
 KILLS = 20
+LONG_S = 600.0
+"""A life after another, and a server that is started again, on a machine that does something else as well."""
 
 
 @pytest.mark.full
@@ -172,12 +178,13 @@ def test_twenty_kills(site: Site, finding: Finding) -> None:
     killed: list[str] = []
     while len(killed) < KILLS:
         done = max(run.steps(), default=-1)
-        run.until(lambda done=done: max(run.steps(), default=-1) > done, f"a step after {killed}")
+        run.until(lambda done=done: max(run.steps(), default=-1) > done, f"a step after {killed}", LONG_S)
         (name,) = generator.choices(list(victims), weights=(6, 6, 6, 1, 1, 1))
         try:
             run.kill(victims[name]())
         except (AssertionError, IndexError, ProcessLookupError):
             continue  # it is being started again
         killed.append(name)
+    run.until_over(LONG_S)
     assert_nothing_is_lost(run, steps=steps)
     finding(run, killed=killed)
