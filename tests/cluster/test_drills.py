@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from launchers.cluster import load_cluster
 from launchers.plan import Places, Training, job_plan, training_job
 from megatron_distil.config.load import load_config
@@ -94,3 +96,20 @@ def weights_of(run: Path, site: Site, folder: Path) -> bytes:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.full
+def test_killed_supervisor_of_one_of_two_rollout_nodes(site: Site, finding: Finding) -> None:
+    """The other one goes on to serve, but not with all servers that the run needs: the life ends, and the next has all."""
+    run = site.launch("one-of-two", "rollout.num_engines=2", f"train.num_steps={LONG}")
+    run.until_step(1)
+    killed = run.kill(run.supervisor("rollout", node=1))
+    run.until(lambda: run.restarts() == 1, "it is started again")
+    saved = run.checkpoint()
+    run.until_step(saved)
+    recovered_s = time.monotonic() - killed
+    assert run.reason(0) == "failed rollout ended with exit code 137, and nobody said why"
+    assert run.until_over().word == "done"
+    assert run.steps() == list(range(LONG))
+    run.none_left()
+    finding(run, recovered_s=round(recovered_s, 1))
