@@ -29,8 +29,9 @@ def main(arguments: list[str]) -> int:
     """Start the ranks and wait for them."""
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it would say the same in ten lines
     options = run.parse_args(arguments)
+    node = int(os.environ.get("SLURM_PROCID", "0"))
     if options.nnodes != "1":
-        meet(options, int(os.environ.get("SLURM_PROCID", "0")))
+        meet(options, node)
     try:
         run.run(options)
     except ChildFailedError as error:
@@ -44,16 +45,17 @@ def main(arguments: list[str]) -> int:
     except SignalException as error:
         return 128 + error.sigval
     except RendezvousError as error:
-        _say(f"the ranks cannot meet at {options.rdzv_endpoint}: {error.__cause__ or error}")
+        text = f"the ranks cannot meet at {options.rdzv_endpoint}: {error.__cause__ or error}"
+        print(text, file=sys.stderr)
+        if node == 0:  # another node says the same when the one that keeps the store has ended, whatever it ended of
+            _say_reason(f"failed {text}")
         return 1
     return 0
 
 
-def _say(text: str) -> None:
-    """To whoever reads our output, and as the reason of this life where there is a registry."""
-    print(text, file=sys.stderr)
+def _say_reason(text: str) -> None:
     if folder := os.environ.get("MEGATRON_DISTIL_REGISTRY"):
-        Registry(folder).say_reason(f"failed {text}")
+        Registry(folder).say_reason(text)
 
 
 def meet(options: argparse.Namespace, node: int) -> None:

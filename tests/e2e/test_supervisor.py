@@ -7,8 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 
 from launchers import guard
+from launchers import torchrun as torchrun_command
 from launchers.jobplan import Job
 from megatron_distil.registry import HEARTBEAT_S, Registry
 from tests.supervised import eventually, is_alive, job, none_alive, service, shell, supervised
@@ -325,6 +327,20 @@ def test_ranks_that_cannot_meet_say_where_and_why(tmp_path):
     assert "Traceback" not in ended.stderr
     assert Registry(tmp_path).reason().startswith(f"failed the ranks cannot meet at {place}: ")
     assert "address already in use" in Registry(tmp_path).reason()
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_whoever_loses_the_store_of_another_node_leaves_the_reason_to_that_one(tmp_path, monkeypatch, capsys, node):
+    def lost(_: object) -> None:
+        raise RendezvousConnectionError("connection reset")
+
+    monkeypatch.setattr(torchrun_command.run, "run", lost)
+    monkeypatch.setenv("MEGATRON_DISTIL_REGISTRY", str(tmp_path))
+    monkeypatch.setenv("SLURM_PROCID", str(node))
+    assert torchrun_command.main(["--nnodes", "2", "--rdzv-endpoint", "n1:29500", "rank.py"]) == 1
+    assert capsys.readouterr().err == "the ranks cannot meet at n1:29500: connection reset\n"
+    expected = "" if node else "failed the ranks cannot meet at n1:29500: connection reset"
+    assert Registry(tmp_path).reason() == expected
 
 
 def guarded(command: list[str], parent: int) -> subprocess.Popen[bytes]:
