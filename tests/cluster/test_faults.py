@@ -51,7 +51,7 @@ def test_cancelled(site: Site, finding: Finding) -> None:
     assert saved >= 1
     site.launch("cancelled")
     assert run.job != job
-    run.until_step(saved)
+    run.until(lambda: run.checkpoint() > saved, "it saves again")
     recovered_s = time.monotonic() - cancelled
     assert run.until_over().word == "done"
     complete(run)
@@ -66,7 +66,8 @@ def test_preempted(site: Site, finding: Finding) -> None:
     preempted = time.monotonic()
     sbatch("-p", "urgent", "--exclusive", "-N4", "--wrap", "sleep 5")
     run.until(lambda: run.restarts() == 1, "it is started again")
-    run.until_step(run.checkpoint())
+    saved = run.checkpoint()
+    run.until(lambda: run.checkpoint() > saved, "it saves again")
     recovered_s = time.monotonic() - preempted
     assert run.until_over().word == "done"
     complete(run)
