@@ -54,6 +54,12 @@ scontrol() {
       echo "distil: another life would end as this one did"
       return 0
       ;;
+    stopped*) # a node that meets another one's end, as its store is gone, ends with an error although all is saved
+      if [ "$(cat "$distil_life/STOP" 2>/dev/null)" = end ]; then
+        echo "distil: the run was asked to end"
+        exit 0
+      fi
+      ;;
   esac
   for distil_try in $(seq 60); do
     distil_count=$(command scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/.*Restarts=\([0-9]*\).*/\1/p')

@@ -104,6 +104,21 @@ def test_a_life_that_was_given_up_does_not_end_the_one_that_took_over(job: Job, 
     assert requeue(job, refusals=100, restarts_after=tries) == (9, tries)
 
 
+@pytest.mark.parametrize(("reason", "expected"), [("stopped after 3 of 6 steps", (0, 0)), ("failed train", (9, 1))])
+def test_no_other_life_is_asked_for_when_a_run_has_saved_that_was_asked_to_end(
+    job: Job, reason: str, expected: tuple[int, int]
+):
+    Registry(job.folder(0)).request_end()
+    job.say_reason(0, reason)
+    assert requeue(job, refusals=0) == expected
+
+
+def test_another_life_is_asked_for_after_a_time_limit(job: Job):
+    Registry(job.folder(0)).request_stop()
+    job.say_reason(0, "stopped after 3 of 6 steps")
+    assert requeue(job, refusals=0) == (9, 1)
+
+
 def test_no_other_life_is_asked_for_after_a_fatal_reason(job: Job):
     job.folder(0).mkdir(parents=True)
     job.say_reason(0, "fatal train ended with exit code 2")
