@@ -214,6 +214,7 @@ def test_full_folder(small_site: Site, finding: Finding) -> None:
     recovered_s = time.monotonic() - again
     assert run.until_over().word == "done"
     complete(run, LONG)
+    assert "No space left on device" in run.diaries()
     run.none_left()
     finding(run, full_s=AWAY_S, recovered_s=round(recovered_s, 1))
 
@@ -352,6 +353,7 @@ def test_planted_secret(site: Site, finding: Finding, monkeypatch: pytest.Monkey
     run.none_left()
     assert holders(site.shared, marker) == []
     at_slurm = holders(site.slurm.root, marker)
+    assert at_slurm, "Slurm has to know what it starts the job with"
     assert all(path.startswith("state/hash.") and path.endswith("/environment") for path in at_slurm), at_slurm
     finding(run, kept_by_slurm=at_slurm)
 
