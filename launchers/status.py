@@ -153,6 +153,10 @@ def state_of(answers: Answers, lives: Sequence[Life]) -> State:
         return _from_files(reason, has_begun=bool(lives), knows_nobody=answers.sacct is None)
     if state in _NOT_OVER:
         return State(word="between two lives", detail=_because(reason))
+    if state == "FAILED" and (name := _killed_by(answers)):
+        # what the roles have said is only that they were ended then
+        detail = f"the batch script was killed by {name}; launch goes on with the run"
+        return State(word="failed", detail=detail, exit_code=1)
     return _over(state, reason)
 
 
@@ -177,6 +181,14 @@ def _ended_state(answers: Answers) -> str:
         return rows[-1].split("|")[0].split(" ")[0]  # CANCELLED by 1000
     found = re.search(r"JobState=(\w+)", answers.scontrol or "")
     return found[1] if found else ""
+
+
+def _killed_by(answers: Answers) -> str:
+    """The signal that ended the batch script; empty: it ended by itself, or nobody knows."""
+    rows = [row for row in (answers.sacct or "").splitlines() if row.strip()]
+    found = re.search(r"\|\d+:(\d+)", rows[-1]) if rows else re.search(r"ExitCode=\d+:(\d+)", answers.scontrol or "")
+    # Slurm has numbers of its own as well, which are no signals: 53, its output cannot be opened
+    return next((one.name for one in signal.Signals if found and one == int(found[1])), "")
 
 
 def _from_files(reason: str, *, has_begun: bool, knows_nobody: bool) -> State:

@@ -79,6 +79,21 @@ def test_a_job_that_waits_for_a_failed_one_is_dead(folder: Folder):
 
 
 @pytest.mark.parametrize(
+    ("sacct", "scontrol"),
+    [
+        ("FAILED|0:9|n0\n", ""),
+        ("", "   JobState=FAILED Reason=NonZeroExitCode Dependency=(null)\n   BatchFlag=1 Reboot=0 ExitCode=0:9\n"),
+    ],
+)
+def test_a_batch_script_that_was_killed_is_named_and_not_those_that_were_ended_then(
+    folder: Folder, sacct: str, scontrol: str
+):
+    folder.life(0, "stopped by SIGTERM, on n3")
+    detail = "the batch script was killed by SIGKILL; launch goes on with the run"
+    assert folder.state("", sacct, scontrol) == State(word="failed", detail=detail, exit_code=1)
+
+
+@pytest.mark.parametrize(
     ("sacct", "reason", "word", "code"),
     [
         ("COMPLETED|0:0|n0\n", "done", "done", 0),
@@ -86,6 +101,7 @@ def test_a_job_that_waits_for_a_failed_one_is_dead(folder: Folder):
         ("COMPLETED|0:0|n0\n", "", "ended without finishing", 1),
         ("FAILED|1:0|n0\n", "fatal no progress", "failed", 1),
         ("FAILED|1:0|n0\n", "done", "failed", 1),
+        ("FAILED|0:53|n0\n", "", "failed", 1),
         ("CANCELLED by 1000|0:15|n0\n", "", "cancelled", 1),
         ("OUT_OF_MEMORY|0:125|n0\n", "", "out of memory", 1),
         ("FAILED|1:0|n0\nREQUEUED|0:0|n0\n", "", "between two lives", None),
