@@ -146,6 +146,7 @@ def run(place: Place) -> int:
         is_alone=False,
         is_first=place.index == 0,
         successor=next_life,
+        parent=os.getppid(),
     )
     try:
         if plan.jobs:

@@ -82,6 +82,8 @@ class Site:
     """Of the supervisors that run a part of the same job each: this one says that it is done."""
     successor: Callable[[], str] = lambda: ""
     """The life that has begun in place of this one; empty: none has. Asked at every heartbeat and before every job."""
+    parent: int = 0
+    """Pid of what ends us when the job is over, and so must not be gone before; 0: there is no such thing."""
 
 
 class Service:
@@ -313,12 +315,17 @@ class Supervisor:
     def _give_way(self) -> None:
         """Kill everything when another life has begun: two would write into one folder, and this one is the lost one.
 
+        Likewise when nobody is left who would end us: servers would keep their GPUs for ever.
+
         Raises:
-            SupervisorError: one has.
+            SupervisorError: one of the two has happened.
         """
         if life := self._site.successor():
             self._kill_now()
             raise SupervisorError(f"life {life} has begun; this one ends", EXIT_SUPERSEDED)
+        if self._site.parent not in (0, os.getppid()):
+            self._kill_now()
+            raise SupervisorError("the slurmstepd of this step is gone, which would end it", EXIT_UNAVAILABLE)
 
     def _processes(self) -> Iterator[Process]:
         yield from (service.process for service in self._services if service.process is not None)

@@ -92,10 +92,10 @@ class Allocation:
         fields: dict[str, object] = {"nodes": len(plans), "first_node": 0, "script": "", "srun_args": ()}
         return RolePlan(name=name, node_plans=plans, **{**fields, **changes})  # type: ignore[arg-type]
 
-    def start(self, role: str, index: int = 0) -> subprocess.Popen[str]:
+    def start(self, role: str, index: int = 0, *, below: tuple[str, ...] = ()) -> subprocess.Popen[str]:
         of_slurm = {"SLURM_JOB_ID": "7", "SLURM_PROCID": str(index), "SLURMD_NODENAME": f"n{index}"}
         environment = {**os.environ, **of_slurm, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "launchers.node", role, f"{self.run}/plan.json"]
+        command = [*below, sys.executable, "-m", "launchers.node", role, f"{self.run}/plan.json"]
         process = subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
         self.started.append(process)
         return process
@@ -253,6 +253,19 @@ def test_everything_of_a_life_is_killed_when_another_one_has_begun(allocation: A
         diary = (allocation.run / f"logs/7.0/{name}.log").read_text()
         assert diary.count(f"life {successor} has begun; this one ends") == 1
     assert allocation.registry.reason().startswith(f"failed life {successor} has begun; this one ends")
+
+
+def test_a_node_ends_with_what_started_it(allocation: Allocation):
+    """A slurmstepd that is killed: nobody would end the server when the job is over."""
+    allocation.plan()
+    script = f'"$@" 2>{str(allocation.run / "output")!r} & wait'
+    step = allocation.start("rollout", below=("bash", "-c", script, "bash"))
+    eventually(lambda: bool(allocation.registry.live("rollout")), "it serves")
+    server = allocation.registry.live("rollout")[0].pid
+    step.kill()
+    eventually(lambda: not is_alive(server), "it serves no more", timeout_s=10.0)
+    reason = "unavailable the slurmstepd of this step is gone, which would end it, on n0"
+    eventually(lambda: allocation.registry.reason() == reason, "it has said why")
 
 
 @pytest.mark.parametrize("needs", [{}, {"rollout": 1}])
