@@ -7,7 +7,7 @@ A plain ``exit`` here ends the job without another requeue; a step that ends wit
 which nemo-run's script asks ``scontrol`` at its end: here a function, which asks for none where it would end in the same way,
 and asks again where no controller answers. None either where Slurm has given up this node, and so has started the job already:
 what would be ended is the life that took over. Whoever was killed has left no reason, so the exit code of its step is given as
-one. A shared folder that is full or read-only for a while is waited for.
+one. A shared folder that is full or read-only for a while is waited for, at the start of a life and before another is asked for.
 
     what the life before left       what this one does
     REASON fatal ...                ends with 1: it would end in the same way (Slurm itself has started it, after a lost node)
@@ -27,13 +27,15 @@ distil_run=@RUN@
 distil_roles=(@ROLES@)
 distil_restart=${SLURM_RESTART_COUNT:-0}
 distil_life=$distil_run/registry/$SLURM_JOB_ID.$distil_restart
-distil_try=0
-until mkdir -p "$distil_life" && touch "$distil_life/began"; do
-  distil_try=$((distil_try + 1))
-  echo "distil: $distil_life cannot be written, try $distil_try of 60"
-  if [ "$distil_try" -ge 60 ]; then exit 1; fi
-  sleep 10
-done
+distil_write() { # when this life began or ended, as soon as the shared folder takes it
+  for distil_try in $(seq 60); do
+    if mkdir -p "$distil_life" && date >"$distil_life/$1"; then return 0; fi
+    echo "distil: $distil_life cannot be written, try $distil_try of 60"
+    sleep 10
+  done
+  return 1
+}
+distil_write began || exit 1
 trap 'echo "distil: the time limit is near, the run saves and ends"; touch "$distil_life/STOP"' USR1
 
 scontrol() {
@@ -41,6 +43,9 @@ scontrol() {
     command scontrol "$@"
     return
   fi
+  # Slurm opens the output of the next life in the same folder, and gives the job up where it cannot
+  distil_write ended || true
+  distil_tries=$distil_try
   case $(cat "$distil_life/REASON" 2>/dev/null) in
     "" | "stopped by SIGTERM"*) # as those are that are ended for the sake of another one
       # pids, pid and exitcode are those of nemo-run's script: its steps, and the one that ended first
@@ -48,7 +53,9 @@ scontrol() {
       for distil_index in "${!pids[@]}"; do
         if [ "${pids[distil_index]}" = "$pid" ]; then distil_role=${distil_roles[distil_index]}; fi
       done
-      echo "failed $distil_role ended with exit code $exitcode, and nobody said why" >"$distil_life/REASON" || true
+      distil_reason="failed $distil_role ended with exit code $exitcode, and nobody said why"
+      if [ "$distil_tries" -gt 1 ]; then distil_reason="failed the shared folder could not be written"; fi
+      echo "$distil_reason" >"$distil_life/REASON" || true
       ;;
     fatal*)
       echo "distil: another life would end as this one did"

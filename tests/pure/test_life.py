@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -216,6 +217,22 @@ def test_a_folder_that_cannot_be_written_ends_the_job_with_a_word_about_it(tmp_p
     ran = live_with_a_short_sleep(Job(file, max_same=2), tmp_path / "bin", "exit 0")
     assert ran.returncode == 1
     assert f"distil: {file}/registry/7.0 cannot be written, try 60 of 60\n" in ran.stdout
+
+
+def test_another_life_is_asked_for_when_the_folder_can_be_written_again(job: Job):
+    job.live(0)
+    programs = job.run / "bin"
+    programs.mkdir()
+    life = shlex.quote(str(job.folder(0)))
+    for name, text in {"scontrol": "echo asked >&2", "sleep": f"rm -f {life}"}.items():
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    ran = job.live(
+        0, f"PATH={shlex.quote(str(programs))}:$PATH\n{ENDED}\nrm -r {life}; touch {life}\nset -e\nscontrol requeue 7"
+    )
+    assert f"{job.folder(0)} cannot be written, try 1 of 60" in ran.stdout
+    assert ran.stderr.endswith("asked\n")
+    assert (job.folder(0) / "REASON").read_text() == "failed the shared folder could not be written\n"
 
 
 def test_a_folder_that_can_be_written_again_is_waited_for(tmp_path: Path):
