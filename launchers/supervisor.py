@@ -419,7 +419,11 @@ class Supervisor:
             self._diary.say(
                 f"stopping: {job.name} saves and ends (at most {job.stop_grace_s:.0f} s); Ctrl-C again: at once"
             )
-            Registry(job.registry).request_stop()
+            try:
+                Registry(job.registry).request_stop()
+            except OSError as error:
+                self._diary.say(f"{job.name} cannot be asked to: {error}")
+                await process.end(grace_s=0.0)
         else:
             self._diary.say(f"stopping {job.name}; Ctrl-C again: at once")
             process.signal(signal.SIGINT)

@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -260,6 +261,22 @@ def test_a_service_sees_only_what_it_may_see_of_the_environment(tmp_path, monkey
     assert "ALLOWED=yes" in seen
     assert "OURS=1" in seen
     assert "hunter2" not in seen
+
+
+def test_a_job_that_cannot_be_asked_to_stop_is_ended(tmp_path):
+    asked = tmp_path / "asked"
+    with supervised(tmp_path, job(tmp_path, registry=str(asked))) as running:
+        eventually((tmp_path / "job.pid").exists, "the job runs")
+        shutil.rmtree(asked, ignore_errors=True)
+        asked.touch()  # a folder that takes nothing
+        running.process.send_signal(signal.SIGTERM)
+        code, text = running.finished()
+        assert none_alive(running.pids())
+
+    assert code == 143
+    assert "train cannot be asked to: " in text
+    assert "Traceback" not in text
+    assert running.registry.reason() == "stopped by SIGTERM"
 
 
 def test_a_damaged_plan_is_refused(tmp_path):
