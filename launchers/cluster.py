@@ -89,6 +89,10 @@ class Cluster(Section):
     """By role: names of variables of the submitting shell. Their values are never written."""
     env: Mapping[str, Mapping[str, str]] = {}
     """By role, ``all`` for every one."""
+    modules: tuple[str, ...] = ()
+    """Environment modules that the job loads before its first step."""
+    preflight: Literal["never", "first", "every"] = "never"
+    """Before which lives the job tries its nodes, and ends with the reason where something is wrong."""
     sbatch: Mapping[str, str | int | bool] = {}
     """Further flags of sbatch, with underscores."""
 

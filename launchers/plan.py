@@ -16,6 +16,8 @@ from launchers.cluster import ROLES, Cluster
 from launchers.jobplan import ClusterPlan, Job, JobPlan, RolePlan, ServicePlan
 from launchers.layout import Layout, Seat, layout
 from launchers.life import setup_text
+from launchers.preflight import step_command
+from launchers.prelude import modules_text, preflight_text
 from megatron_distil.config.check import is_supervised
 
 if TYPE_CHECKING:
@@ -226,11 +228,22 @@ def cluster_plan(config: Config, cluster: Cluster, run: Run) -> ClusterPlan:
         signal=f"B:USR1@{cluster.warn_s}",
         retries=cluster.retries,
         monitor_s=cluster.monitor_s,
-        setup=setup_text(run.folder, list(seats.spans), max_lives_without_progress=cluster.max_lives_without_progress),
+        setup=_setup(config, cluster, run, seats),
         host_ip=cluster.host_ip,
         roles=tuple(_roles(config, cluster, run, seats)),
         export=(*INHERITED, *_secrets(cluster)),
         sbatch=cluster.sbatch,
+    )
+
+
+def _setup(config: Config, cluster: Cluster, run: Run, seats: Layout) -> str:
+    """What the batch shell does before the first step."""
+    min_level = config.feedback.min_isolation if "sandbox" in seats.spans else 0
+    preflight = step_command(cluster, seats.nodes, run.code, f"{run.folder}/preflight", min_level)
+    return (
+        setup_text(run.folder, list(seats.spans), max_lives_without_progress=cluster.max_lives_without_progress)
+        + modules_text(cluster.modules)
+        + preflight_text(preflight, cluster.preflight)
     )
 
 

@@ -25,11 +25,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from launchers.links import LinkError, Links, collect, listening, measure, publish
 from launchers.nodefacts import ROOT, Facts, gather, with_sources
 from launchers.process import routed_address
+
+if TYPE_CHECKING:
+    from launchers.cluster import Cluster  # needs pydantic, which the nodes need not have
 
 MAX_SKEW_S = 1.0
 """Readers of the registry take a heartbeat for stale after 10 s by their own clock."""
@@ -228,8 +231,8 @@ def _reduce(options: Options, gpus: int, master: tuple[str, int]) -> dict[str, A
     return json.loads(said[0][0]) if options.node == 0 else {}
 
 
-def srun_command(cluster: Any, nodes: int, arguments: Sequence[str]) -> list[str]:
-    """What starts a preflight on ``nodes`` nodes of a cluster (``launchers/cluster.py``)."""
+def srun_command(cluster: Cluster, nodes: int, arguments: Sequence[str]) -> list[str]:
+    """What starts a preflight from a login node: an allocation of its own, for a quarter of an hour."""
     flags = {
         "account": cluster.account,
         "partition": cluster.partition,
@@ -240,21 +243,54 @@ def srun_command(cluster: Any, nodes: int, arguments: Sequence[str]) -> list[str
         "job-name": "preflight",
         "cpu-bind": "none",
     }
-    image, code = cluster.image_of("trainer"), cluster.code or str(ROOT)
-    if not image:
-        flags["chdir"] = code
-    if image and cluster.runtime == "pyxis":
-        flags["container-image"] = image
-        flags["container-mounts"] = ",".join(f"{outside}:{inside}" for outside, inside in cluster.mounts.items())
-        flags["container-workdir"] = code
     given = [f"--{name}={value}" for name, value in flags.items() if value]
-    wrapped = ["apptainer", "exec", "--nv", image] if image and cluster.runtime == "apptainer" else []
-    inner = [cluster.python_of("trainer"), "-m", "launchers", "preflight", f"{cluster.shared}/preflight"]
+    code = cluster.code or str(ROOT)
+    return ["srun", "--exclusive", *given, *_on_node(cluster, code, f"{cluster.shared}/preflight"), *arguments]
+
+
+def step_command(cluster: Cluster, nodes: int, code: str, folder: str, min_level: int) -> list[str]:
+    """What starts a preflight within the job that it is for, on all of its nodes.
+
+    Args:
+        cluster: says images, interpreters and GPUs.
+        nodes: of the job.
+        code: root of this package, as the nodes see it.
+        folder: where the nodes meet, shared.
+        min_level: isolation that the run asks of its sandboxes; not tried where these have an image of their own.
+    """
+    flags = [
+        "--overlap",
+        f"--nodes={nodes}",
+        f"--ntasks={nodes}",
+        "--ntasks-per-node=1",
+        "--cpu-bind=none",
+        "--export=ALL",
+    ]
+    has_own_walls = bool(cluster.image_of("sandbox"))
+    tried = ["--min-level", "0" if has_own_walls else str(min_level)]
+    servers = [] if cluster.image_of("rollout") else ["--server-python", cluster.python_of("rollout")]
+    return ["srun", *flags, *_on_node(cluster, code, folder), *servers, *tried]
+
+
+def _on_node(cluster: Cluster, code: str, folder: str) -> list[str]:
+    """Flags of a container, then the command of one node."""
+    image = cluster.image_of("trainer")
+    mounts = [f"{outside}:{inside}" for outside, inside in cluster.mounts.items()]
+    container = [] if image else [f"--chdir={code}"]
+    if image and cluster.runtime == "pyxis":
+        container = [
+            f"--container-image={image}",
+            f"--container-mounts={','.join(mounts)}",
+            f"--container-workdir={code}",
+        ]
+    elif image:
+        container = ["apptainer", "exec", "--nv", *(f"--bind={mount}" for mount in mounts), f"--pwd={code}", image]
+    inner = [cluster.python_of("trainer"), "-m", "launchers", "preflight", folder]
     if cluster.gpus_per_node:
         inner += ["--gpus", str(cluster.gpus_per_node)]
     if cluster.host_ip:
         inner += ["--host-ip", cluster.host_ip]
-    return ["srun", "--exclusive", *given, *wrapped, *inner, *arguments]
+    return [*container, *inner]
 
 
 def table(rows: Sequence[Finding]) -> str:
@@ -292,7 +328,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _from_login_node(given: argparse.Namespace, argv: Sequence[str]) -> int:
-    from launchers.cluster import load_cluster  # needs pydantic, which the nodes need not have
+    from launchers.cluster import load_cluster
     from megatron_distil.errors import ConfigError
 
     try:
