@@ -72,6 +72,7 @@ def finding(request: pytest.FixtureRequest) -> Callable[..., None]:
         }
         table = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         table[request.node.name.removeprefix("test_")] = found
-        RESULTS.write_text(json.dumps(dict(sorted(table.items())), indent=2) + "\n")
+        text = json.dumps(dict(sorted(table.items())), indent=2)
+        RESULTS.write_text(text.replace(str(run.folder), "RUN") + "\n")
 
     return note

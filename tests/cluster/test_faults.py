@@ -65,9 +65,7 @@ def test_preempted(site: Site, finding: Finding) -> None:
     run.until_step(1)
     preempted = time.monotonic()
     sbatch("-p", "urgent", "--exclusive", "-N4", "--wrap", "sleep 5")
-    run.until(lambda: run.restarts() == 1, "it is started again")
-    saved = run.checkpoint()
-    run.until(lambda: run.checkpoint() > saved, "it saves again")
+    run.until_progress(life=1)
     recovered_s = time.monotonic() - preempted
     assert run.until_over().word == "done"
     complete(run)
