@@ -60,7 +60,8 @@ class Diary:
     def say(self, text: str) -> None:
         """One event."""
         self.note(text)
-        print(f"distil: {text}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # whoever read it may be gone
+            print(f"distil: {text}", file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
         """One event that is only of interest afterwards."""
