@@ -267,8 +267,11 @@ def _keep_traceback(run: Path | None) -> Path | None:
     if run is None or not run.is_dir():
         return None
     path = run / "logs" / f"error.rank{_rank()}.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(traceback.format_exc(), encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(traceback.format_exc(), encoding="utf-8")
+    except OSError:  # a full disk or a folder that is read-only may be what we are about to tell
+        return None
     return path
 
 

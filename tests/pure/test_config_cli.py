@@ -191,6 +191,15 @@ def test_a_rank_that_is_started_again_after_its_life_has_ended_leaves_at_once(
     assert done.stderr == "this life of the run has ended: stopped after 3 of 8 steps\n"
 
 
+def test_an_error_is_told_although_its_traceback_cannot_be_kept(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    Application(SyncError("lm_head.weight differs")).install(monkeypatch)
+    (tmp_path / "logs" / "error.rank0.txt").mkdir(parents=True)  # takes nothing
+    done = call("train", recipe, "--run", str(tmp_path))
+    assert (done.exit_code, done.stderr) == (1, "lm_head.weight differs\n")
+
+
 def test_of_all_ranks_only_the_first_prints_an_error_that_all_have(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
