@@ -213,6 +213,7 @@ def test_full_folder(small_site: Site, finding: Finding) -> None:
     assert run.until_over().word == "done"
     complete(run, LONG)
     assert "No space left on device" in run.diaries()
+    assert run.reason(0), "a reason is left as soon as there is space for it"
     run.none_left()
     finding(run, full_s=AWAY_S, recovered_s=round(recovered_s, 1))
 
