@@ -54,3 +54,12 @@ def test_what_a_command_line_names_is_there(line: str) -> None:
 
 def test_the_cluster_files_that_are_to_be_copied_are_named() -> None:
     assert [name for name in cluster_names() if f"`clusters/{name}.toml`" not in PAGE] == ["local"]
+
+
+def test_every_drill_is_named_and_every_name_is_a_drill() -> None:
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "tests" / "cluster").glob("test_*.py")]
+    drills = {name for text in texts for name in re.findall(r"^def test_(\w+)", text, re.MULTILINE)}
+    table = PAGE.partition("| fault |")[2].partition("\n\n")
+    in_rows = {name for row in table[0].splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split(" | ")[-1])}
+    assert in_rows <= drills
+    assert drills - in_rows <= set(re.findall(r"`(\w+)`", table[2]))
