@@ -135,10 +135,9 @@ def test_killed_batch_shell(site: Site, finding: Finding) -> None:
     detail = "the batch script was killed by SIGKILL; launch goes on with the run"
     assert run.until_over() == State(word="failed", detail=detail, exit_code=1)
     run.none_left()
-    saved = run.checkpoint()
     began = time.monotonic()
     run = site.launch("killed-batch-shell")
-    run.until_step(saved)
+    run.until_progress(life=0)
     recovered_s = round(time.monotonic() - began, 1)
     assert_nothing_is_lost(run, lives=1)
     finding(run, recovered_s=recovered_s)
