@@ -16,15 +16,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from provenance import described
 
 HERE = Path(__file__).resolve()
 
@@ -215,18 +214,6 @@ def print_case(case: Mapping[str, Any]) -> None:
         print(f"  {name:10} {entry['seconds']:7.2f} s (x{speed:.2f})  {entry['peak_mib']:7.0f} MiB (x{peak:.1f} less)")
 
 
-def described() -> dict[str, Any]:
-    """Where and with what it was measured."""
-    commit = ["git", "rev-parse", "--short", "HEAD"]
-    return {
-        "load_1min": os.getloadavg()[0],
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "versions": {name: version(name) for name in ("torch",)},
-        "commit": subprocess.run(commit, capture_output=True, text=True, check=False).stdout.strip(),
-    }
-
-
 def results(options: argparse.Namespace) -> dict[str, Any]:
     """Every part that was asked for."""
     found: dict[str, Any] = {"benchmark": "head", "baseline": "naive: full logits, autograd"}
@@ -240,7 +227,7 @@ def results(options: argparse.Namespace) -> dict[str, Any]:
     if "scan" in found:
         found["scan_times_of_cumsum"] = found["scan"]["times_of_cumsum"]
         found["scan_faster_than_loop"] = found["scan"]["faster_than_loop"]
-    return found | described()
+    return found | described("torch")
 
 
 def beside(script: str, rounds: int) -> dict[str, Any]:

@@ -17,16 +17,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
+
+from provenance import described
 
 from launchers.cluster import load_cluster
 from launchers.jobplan import cluster_from_json, to_json
@@ -144,13 +143,8 @@ def main() -> None:
             result["run"] = measure_run(Path(folder))
     result |= {
         "unit": "ms: wall clock, processor time",
-        "load_1min": os.getloadavg()[0],
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "versions": {"python": platform.python_version(), "torch": version("torch")},
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
+        **described("torch"),
+        "python": platform.python_version(),
     }
     if options.out is not None:
         options.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -19,17 +19,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # with more, threads that wait for each other count as work
 
 import torch
+from provenance import described
 from torch import Tensor
 
 from megatron_distil import algo
@@ -155,13 +153,7 @@ def main() -> None:
         },
         "cases_ms": cases,
         "rounds": options.rounds,
-        "load_1min": os.getloadavg()[0],
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "versions": {"torch": version("torch")},
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
+        **described("torch"),
     }
     if options.out is not None:
         options.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -11,14 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
+
+from provenance import described
 
 from launchers import local
 from launchers.cluster import load_cluster
@@ -94,13 +93,7 @@ def main() -> None:
         },
         "cases": cases,
         "steps": options.steps,
-        "load_1min": os.getloadavg()[0],
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "versions": {name: version(name) for name in ("torch", "megatron-core")},
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
+        **described("torch", "megatron-core"),
     }
     if options.out is not None:
         options.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -21,7 +21,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench_head import THREADS, described, in_turn, ratio, resident
+from bench_head import THREADS, in_turn, ratio, resident
+from provenance import described
 
 HERE = Path(__file__).resolve()
 VARIANTS = ("select", "naive", "entropy", "tiles")
@@ -152,7 +153,7 @@ def main() -> None:
         print(json.dumps(measured_here(options.one[0], Shape(*map(int, options.one[1].split(","))))))
         return
     found = {"benchmark": "topk", "baseline": "naive: full logits, torch.topk, logsumexp"}
-    found |= results(options.rounds, all_shapes=options.all_shapes) | described()
+    found |= results(options.rounds, all_shapes=options.all_shapes) | described("torch")
     if options.out is not None:
         options.out.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found))
