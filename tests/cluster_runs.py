@@ -29,6 +29,9 @@ STEPS = 6
 GONE_S = 30.0
 LAUNCH_PYTHON = os.environ.get("DISTIL_LAUNCH_PYTHON", "")
 
+Finding = Callable[..., None]
+"""What the fixture ``finding`` gives: called with the run at the end of a drill, and with what was measured."""
+
 CLUSTER = """\
 name = "mini"
 account = "test"
@@ -247,9 +250,14 @@ class Run:
         os.kill(pid, signal.SIGKILL)
         return time.monotonic()
 
+    def page(self) -> str:
+        """What ``launchers status`` prints."""
+        at = status.Run(self.folder)
+        return status.page(at, status.look(at))
+
     def told(self) -> str:
         """All that a user could read: state, logs, the batch script's output."""
-        lines = [status.page(status.Run(self.folder), status.look(status.Run(self.folder)))]
+        lines = [self.page()]
         written = sorted((self.folder / "logs").rglob("*.log")) + sorted(self.batch_folder().rglob("*.out"))
         for path in written:
             text = path.read_text(errors="replace").splitlines()[-15:]

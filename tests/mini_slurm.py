@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 
 from launchers import guard
+from launchers.process import is_free
 from tests.supervised import eventually, is_alive
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
@@ -270,7 +271,6 @@ def _free_ports(count: int) -> list[int]:
     port = 20000 + os.getpid() % 10000
     while len(found) < count:
         port += 1
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                found.append(port)
+        if is_free(port):
+            found.append(port)
     return found

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.cluster_runs import LAUNCH_PYTHON, Run, Site, prepare_data, write_cluster
+from tests.cluster_runs import LAUNCH_PYTHON, Finding, Run, Site, prepare_data, write_cluster
 from tests.mini_slurm import MiniSlurm, skip_without_slurm
 from tests.server import ROOT, skip_without_server
 from tests.supervised import eventually
@@ -56,7 +56,7 @@ def site(_prepared: Site) -> Iterator[Site]:
 
 
 @pytest.fixture
-def finding(request: pytest.FixtureRequest) -> Callable[..., None]:
+def finding(request: pytest.FixtureRequest) -> Finding:
     """Call it with the run at the end of a drill: what was seen goes to ``tests/results/drills.json``, with ``--full``."""
     began = time.monotonic()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,11 +11,10 @@ import pytest
 from launchers.cluster import load_cluster
 from launchers.plan import Places, Training, job_plan, training_job
 from megatron_distil.config.load import load_config
-from tests.cluster_runs import STEPS, Run, Site
+from tests.cluster_runs import STEPS, Finding, Run, Site
 from tests.quickstart import launched
 from tests.server import ROOT
 
-Finding = Callable[..., None]
 LONG = 60
 """Steps of a run that is interrupted: Slurm looks at the limits of its jobs every 30 s."""
 

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -16,14 +16,13 @@ from pathlib import Path
 import pytest
 
 from launchers import status
-from tests.cluster_runs import LAUNCH_PYTHON, START_S, STEPS, Run, Site, write_cluster
+from tests.cluster_runs import LAUNCH_PYTHON, START_S, STEPS, Finding, Run, Site, write_cluster
 from tests.mini_slurm import output
 from tests.server import ROOT
 from tests.supervised import eventually
 
 pytestmark = pytest.mark.full
 
-Finding = Callable[..., None]
 AWAY_S = 20.0
 LONG = 12
 """Steps of a run that goes on while it is disturbed."""
@@ -113,7 +112,7 @@ def test_wrong_settings(site: Site, finding: Finding) -> None:
     assert run.until_over().word == "failed"
     assert run.restarts() == 0
     assert run.reason(0).startswith("fatal sandbox-0 calls its settings wrong (exit code 2)"), run.reason(0)
-    assert run.reason(0) in page(run)
+    assert run.reason(0) in run.page()
     assert "4000 workers" in run.diaries(), run.diaries()
     assert "another life would end as this one did" in run.batch_output()
     run.none_left()
@@ -150,7 +149,7 @@ def test_missing_node(site: Site, finding: Finding) -> None:
     waits_for = run.look().detail
     time.sleep(5)
     assert run.look().word == "pending"
-    assert waits_for in page(run)
+    assert waits_for in run.page()
     back = time.monotonic()
     site.slurm.start_node("n3")
     run.until_step(0)
@@ -253,7 +252,7 @@ def test_fatal_data(site: Site, finding: Finding) -> None:
     assert run.restarts() == 1
     assert run.reason(1).startswith("fatal "), run.reason(1)
     assert "replaced.jsonl" in run.reason(1), run.reason(1)
-    assert run.reason(1) in page(run)
+    assert run.reason(1) in run.page()
     assert run.checkpoint() >= 1
     run.none_left()
     finding(run, reason=run.reason(1))
@@ -266,7 +265,7 @@ def test_no_progress(site: Site, finding: Finding) -> None:
     assert run.restarts() == 2
     assert run.reason(0).startswith("unavailable"), run.reason(0)
     assert run.reason(2) == "fatal no progress: the newest checkpoint is none since 2 lives"
-    assert all(run.reason(life) in page(run) for life in range(3))
+    assert all(run.reason(life) in run.page() for life in range(3))
     run.none_left()
     finding(run)
 
@@ -398,12 +397,6 @@ def listening(url: str) -> Iterator[None]:
     host, _, port = url.rpartition("/")[2].partition(":")
     with socket.create_server((host, int(port))):
         yield
-
-
-def page(run: Run) -> str:
-    """What ``launchers status`` prints."""
-    at = status.Run(run.folder)
-    return status.page(at, status.look(at))
 
 
 def mount(*words: str) -> str:

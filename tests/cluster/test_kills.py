@@ -9,11 +9,10 @@ from collections.abc import Callable
 import pytest
 
 from launchers.status import State
-from tests.cluster_runs import STEPS, Run, Site
+from tests.cluster_runs import STEPS, Finding, Run, Site
 from tests.quickstart import metrics
 from tests.supervised import eventually, none_alive
 
-Finding = Callable[..., None]
 GOES_ON = {"pending", "running", "requeued", "completing", "between two lives", "done"}
 """All that a user may read of a run that is not lost."""
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
 import pytest
 
-from tests.cluster_runs import STEPS, Site
-
-Finding = Callable[..., None]
+from tests.cluster_runs import STEPS, Finding, Site
 
 
 @pytest.mark.full
